@@ -1,0 +1,1 @@
+"""fourfold: 100-billion-parameter language models on an ordinary multi-socket CPU server."""

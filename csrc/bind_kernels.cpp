@@ -1,0 +1,137 @@
+// Bindings of single kernels, for tests and benchmarks: the table as it is, and each row by its name.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fourfold {
+namespace {
+
+template <class T, int DIMS>
+using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::c_contig, nb::device::cpu>;
+
+const RowKernels& rows_named(const std::string& isa) {
+    for (int i = 0; i < kIsas; ++i)
+        if (kIsaNames[static_cast<size_t>(i)] == isa) return row_kernels(static_cast<Isa>(i));
+    throw std::invalid_argument("unknown instruction set: " + isa);
+}
+
+nb::list table() {
+    nb::list rows;
+    for (const LinearKernel& k : linear_kernels()) {
+        nb::dict row;
+        row["name"] = std::string(k.name);
+        row["isa"] = std::string(to_string(k.isa));
+        row["format"] = std::string(kFormatNames[static_cast<size_t>(k.format)]);
+        row["activation"] = std::string(kActivationNames[static_cast<size_t>(k.activation)]);
+        row["m_min"] = k.m_min;
+        row["m_max"] = k.m_max;
+        row["weight_rel"] = k.weight_rel;
+        row["weight_abs"] = k.weight_abs;
+        row["x_rel"] = k.x_rel;
+        row["x_abs"] = k.x_abs;
+        rows.append(row);
+    }
+    return rows;
+}
+
+// y (M, 16 P) = x (M, K) W^T by the row of that name; the packing is that of `isa`.
+void linear(const std::string& name, const std::string& isa, Array<const uint8_t, 2> panels,
+            std::optional<Array<const float, 1>> scales, Array<const float, 2> x, Array<float, 2> y) {
+    const LinearKernel* kernel = find_linear(name);
+    if (!kernel) throw std::invalid_argument("there is no kernel named " + name);
+    const size_t m = x.shape(0), k = x.shape(1), k_tiles = tiles_of(k);
+    if (panels.shape(1) != panel_bytes(kernel->format, k_tiles) || y.shape(0) != m || y.shape(1) != panels.shape(0) * kTileN ||
+        has_scales(kernel->format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
+        throw std::invalid_argument("linear: the arrays' shapes do not agree");
+    const NodeMemory packed(packed_bytes(kernel->activation, m, k_tiles), kAnyNode), scratch(kLinearScratchBytes, kAnyNode);
+    const size_t padded = kernel->activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
+    rows_named(isa).pack(kernel->activation, x.data(), k, m, k, k_tiles, 0, padded, 0, k_tiles, packed.as());
+    kernel->run({panels.data(), scales ? scales->data() : nullptr, panels.shape(0), k_tiles, packed.as(), m, y.data(),
+                 y.shape(1), scratch.as()});
+}
+
+// out (Q, D) of Q <= 16 queries (Q, D), query i seeing n_positions[i] of keys and values (T, D).
+void attend(const std::string& isa, const std::string& kv, Array<const float, 2> q, Array<const float, 2> keys,
+            Array<const float, 2> values, Array<const int32_t, 1> n_positions, Array<float, 2> out) {
+    const RowKernels& rows = rows_named(isa);
+    const size_t d = q.shape(1), t = keys.shape(0);
+    KvFormat format = KvFormat::f32;
+    for (size_t i = 0; i < 3; ++i)
+        if (kKvNames[i] == kv) format = static_cast<KvFormat>(i);
+    if (q.shape(0) > kAttendQueries || n_positions.shape(0) != q.shape(0) || values.shape(0) != t || keys.shape(1) != d)
+        throw std::invalid_argument("attend: the arrays' shapes do not agree");
+    const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage;
+    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(attend_scratch_floats(d) * sizeof(float), kAnyNode);
+    // What a page's unwritten part holds must not matter: not-a-numbers, in reversed page order.
+    std::memset(pages.as(), 0xFF, n_pages * bytes);
+    std::vector<int32_t> order;
+    for (size_t i = 0; i < n_pages; ++i) order.push_back(static_cast<int32_t>(n_pages - 1 - i));
+    for (size_t p = 0; p < t; ++p)
+        rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d, keys.data() + p * d,
+                      values.data() + p * d);
+    AttendArgs args{};
+    args.n_queries = q.shape(0);
+    for (size_t i = 0; i < q.shape(0); ++i) {
+        args.q[i] = q.data() + i * d;
+        args.out[i] = out.data() + i * d;
+        args.n_positions[i] = static_cast<size_t>(n_positions.data()[i]);
+    }
+    args.pages = pages.as();
+    args.page_stride = bytes;
+    args.page_table = order.data();
+    args.d = d;
+    args.scale = 1.0f / std::sqrt(static_cast<float>(d));
+    args.format = format;
+    args.scratch = scratch.as<float>();
+    rows.attend(args);
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+    m.def("linear_kernels", &table, "Every row of the table of linear kernels.");
+    m.def("linear", &linear, "kernel"_a, "isa"_a, "panels"_a, "scales"_a.none(), "x"_a, "y"_a.noconvert());
+    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "n_positions"_a, "out"_a.noconvert());
+    m.def(
+        "rms_norm",
+        [](const std::string& isa, Array<const float, 1> x, Array<const float, 1> w, float eps, Array<float, 1> y) {
+            rows_named(isa).rms_norm(x.data(), w.data(), eps, x.shape(0), y.data());
+        },
+        "isa"_a, "x"_a, "w"_a, "eps"_a, "y"_a.noconvert());
+    m.def(
+        "rope",
+        [](const std::string& isa, Array<float, 1> x, Array<const float, 1> cosines, Array<const float, 1> sines) {
+            rows_named(isa).rope(x.data(), cosines.data(), sines.data(), x.shape(0));
+        },
+        "isa"_a, "x"_a.noconvert(), "cosines"_a, "sines"_a);
+    m.def(
+        "silu_mul",
+        [](const std::string& isa, Array<const float, 1> a, Array<const float, 1> b, Array<float, 1> y) {
+            rows_named(isa).silu_mul(a.data(), b.data(), a.shape(0), y.data());
+        },
+        "isa"_a, "a"_a, "b"_a, "y"_a.noconvert());
+    m.def(
+        "add_parts",
+        [](const std::string& isa, Array<const float, 1> base, Array<const float, 2> parts,
+           std::optional<Array<const float, 1>> bias, Array<float, 1> y) {
+            std::vector<const float*> rows;
+            for (size_t i = 0; i < parts.shape(0); ++i) rows.push_back(parts.data() + i * parts.shape(1));
+            rows_named(isa).add_parts(base.data(), rows.data(), rows.size(), bias ? bias->data() : nullptr, base.shape(0),
+                                      y.data());
+        },
+        "isa"_a, "base"_a, "parts"_a, "bias"_a.none(), "y"_a.noconvert());
+}
+
+}  // namespace fourfold

@@ -1,0 +1,171 @@
+// Bindings of team, weight and program. Arrays and integers only; the shapes are checked here, the rest in Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fourfold {
+namespace {
+
+template <class T, int DIMS>
+using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::c_contig, nb::device::cpu>;
+using Ranges = std::vector<std::pair<size_t, size_t>>;
+
+template <size_t N>
+size_t index_of(const std::array<std::string_view, N>& names, const std::string& name, const char* what) {
+    const auto it = std::find(names.begin(), names.end(), name);
+    if (it == names.end()) throw std::invalid_argument("unknown " + std::string(what) + ": " + name);
+    return static_cast<size_t>(it - names.begin());
+}
+Format format_named(const std::string& name) { return static_cast<Format>(index_of(kFormatNames, name, "format")); }
+Isa isa_named(const std::string& name) { return static_cast<Isa>(index_of(kIsaNames, name, "instruction set")); }
+KvFormat kv_named(const std::string& name) {
+    return static_cast<KvFormat>(index_of(std::to_array(kKvNames), name, "KV format"));
+}
+
+std::vector<Range> ranges(const Ranges& pairs) {
+    std::vector<Range> out;
+    for (const auto& [begin, end] : pairs) out.push_back({begin, end});
+    return out;
+}
+
+std::shared_ptr<Weight> make_weight(const std::string& format, size_t n, size_t k,
+                                    const std::vector<std::pair<Ranges, Ranges>>& plans, const Team& team) {
+    std::vector<SlicePlan> cut;
+    for (const auto& [outputs, inputs] : plans) cut.push_back({ranges(outputs), ranges(inputs)});
+    return std::make_shared<Weight>(format_named(format), n, k, std::move(cut), team);
+}
+
+void load_weight(Weight& w, Team& team, Array<const uint8_t, 2> panels, std::optional<Array<const float, 1>> scales) {
+    if (panels.shape(0) != panels_of(w.n) || panels.shape(1) != panel_bytes(w.format, tiles_of(w.k)))
+        throw std::invalid_argument("the panels do not have the weight's shape");
+    if (has_scales(w.format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
+        throw std::invalid_argument("one scale for each panel of a scaled format is needed, none for another");
+    const float* s = scales ? scales->data() : nullptr;
+    nb::gil_scoped_release free_threads;
+    team.run([&w, data = panels.data(), s](Worker& worker) { w.load(worker, data, s); });
+}
+
+Vectors vectors(const std::vector<Array<const float, 1>>& arrays) {
+    Vectors out;
+    for (const auto& a : arrays) out.emplace_back(a.data(), a.data() + a.shape(0));
+    return out;
+}
+
+using PartTuple = std::tuple<int, int, std::vector<Array<const float, 1>>>;
+
+void step(Program& p, Array<const int32_t, 1> tokens, Array<const int32_t, 2> sequences, Array<const int32_t, 2> pages,
+          Array<const int32_t, 1> output_rows, Array<float, 2> logits) {
+    if (sequences.shape(1) != 4 || pages.shape(0) != sequences.shape(0) || logits.shape(0) != output_rows.shape(0))
+        throw std::invalid_argument("step: the arrays' shapes do not agree");
+    std::vector<SequenceRows> rows;
+    for (size_t i = 0; i < sequences.shape(0); ++i) {
+        const int32_t* s = sequences.data() + 4 * i;
+        rows.push_back({s[0], s[1], s[2], s[3], pages.data() + i * pages.shape(1)});
+    }
+    Step step{};
+    step.tokens = {tokens.data(), tokens.shape(0)};
+    step.sequences = rows;
+    step.output_rows = {output_rows.data(), output_rows.shape(0)};
+    step.logits = logits.data();
+    step.logits_stride = logits.shape(1);
+    nb::gil_scoped_release free_threads;
+    p.step(step);
+}
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+    nb::exception<StallError>(m, "StallError", PyExc_RuntimeError);
+
+    nb::class_<Team>(m, "Team")
+        .def(
+            "__init__",
+            [](Team* self, const std::vector<std::pair<int, std::vector<int>>>& ranks, double timeout) {
+                std::vector<RankPlan> plan;
+                for (const auto& [node, cpus] : ranks) plan.push_back({node, cpus});
+                new (self) Team(std::move(plan), timeout);
+            },
+            "ranks"_a, "timeout_seconds"_a = 60.0, "ranks: (node, CPUs) of each; node -1 for any.")
+        .def_prop_ro("n_ranks", &Team::n_ranks)
+        .def("stall_next", &Team::stall_next, "rank"_a, "thread"_a, "seconds"_a, "For tests.");
+
+    nb::class_<Weight>(m, "Weight")
+        .def_prop_ro("n", [](const Weight& w) { return w.n; })
+        .def_prop_ro("k", [](const Weight& w) { return w.k; })
+        .def("load", &load_weight, "team"_a, "panels"_a, "scales"_a.none());
+    m.def("make_weight", &make_weight, "format"_a, "n"_a, "k"_a, "plans"_a, "team"_a,
+          "plans: for each rank its (output ranges, input ranges).");
+    m.def(
+        "slice_bytes",
+        [](const std::string& format, const Ranges& outputs, const Ranges& inputs) {
+            return slice_bytes(format_named(format), {ranges(outputs), ranges(inputs)});
+        },
+        "format"_a, "outputs"_a, "inputs"_a);
+
+    nb::class_<Program>(m, "Program")
+        .def("add_buffer", &Program::add_buffer, "width"_a, "of_outputs"_a)
+        .def("add_weight", &Program::add_weight, "weight"_a)
+        .def(
+            "set_rope",
+            [](Program& p, Array<const float, 2> cosines, Array<const float, 2> sines) {
+                p.set_rope({cosines.data(), cosines.data() + cosines.size()}, {sines.data(), sines.data() + sines.size()});
+            },
+            "cosines"_a, "sines"_a)
+        .def("add_embed", &Program::add_embed, "weight"_a, "dst"_a)
+        .def(
+            "add_norm",
+            [](Program& p, int src, const std::vector<Array<const float, 1>>& w, float eps, int dst) {
+                p.add_norm(src, vectors(w), eps, dst);
+            },
+            "src"_a, "w"_a, "eps"_a, "dst"_a)
+        .def(
+            "add_linear",
+            [](Program& p, int src, const std::vector<PartTuple>& parts) {
+                std::vector<Program::LinearPart> linear;
+                for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, vectors(bias)});
+                p.add_linear(src, std::move(linear));
+            },
+            "src"_a, "parts"_a, "parts: (weight, destination, bias of each rank or nothing)")
+        .def(
+            "add_reduce",
+            [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {
+                p.add_reduce(partial, base, vectors(bias), dst);
+            },
+            "partial"_a, "base"_a, "bias"_a, "dst"_a)
+        .def("add_cache", &Program::add_cache, "layer"_a, "q"_a, "k"_a, "v"_a)
+        .def("add_attend", &Program::add_attend, "layer"_a, "q"_a, "kv_of_head"_a, "dst"_a)
+        .def("add_gated", &Program::add_gated, "gate"_a, "up"_a, "dst"_a)
+        .def("add_with_previous", &Program::add_with_previous, "src"_a, "dst"_a)
+        .def("add_select", &Program::add_select, "src"_a, "dst"_a)
+        .def("finish", &Program::finish)
+        .def("step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert())
+        .def_prop_ro("kv_bytes", &Program::kv_bytes)
+        .def_prop_ro("op_names", &Program::op_names)
+        .def("kernels", &Program::kernels, "m"_a)
+        .def_ro_static("LOGITS", &Program::kLogits);
+    m.def(
+        "make_program",
+        [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages, size_t head_dim,
+           const std::string& kv, const std::string& isa, const std::string& kernel) {
+            return std::make_shared<Program>(std::move(team), ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim,
+                                                                             kv_named(kv), isa_named(isa), kernel});
+        },
+        "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
+        "kernel"_a = "");
+    m.attr("PAGE") = kPage;
+}
+
+}  // namespace fourfold

@@ -1,0 +1,98 @@
+// Codes to numbers with AVX-512; included only by files compiled for it.
+#pragma once
+#include <immintrin.h>
+
+#include <cstring>
+#include <utility>
+
+#include "format.h"
+
+namespace fourfold {
+namespace {
+
+inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
+
+// The 16 scales of a tile as float32: panel_scale * e4m3(byte). See e4m3() in format.h; the sign bit moves to bit 31.
+inline __m512 tile_scales(const uint8_t* bytes, __m512 panel_scale_2_120) {
+    const __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(b, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000)));
+    return _mm512_mul_ps(panel_scale_2_120, _mm512_castsi512_ps(bits));
+}
+inline __m512 scale_unit(float panel_scale) { return _mm512_mul_ps(_mm512_set1_ps(panel_scale), _mm512_set1_ps(0x1p120f)); }
+
+// The inputs of a 32-bit lane of 4-bit codes, lowest nibble first, within their group of 8.
+constexpr size_t kNibbleInput[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// Nibble I of each lane, through the codebook. vpermps reads the low 4 bits of a lane and ignores the rest.
+template <int I>
+inline __m512 nibble(__m512 table, __m512i lanes) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4 * I), table);
+}
+
+template <int BYTE>
+inline __m512 signed_byte(__m512i lanes) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(lanes, 24 - 8 * BYTE), 24));
+}
+
+inline __m512 bf16_even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 bf16_odd(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+
+// Lane n of the result is the bfloat16 pair (even[n], odd[n]), each rounded to nearest even.
+inline __m512i bf16_pairs(__m512 even, __m512 odd) {
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // even in the low half
+    return _mm512_permutexvar_epi16(interleave, halves);
+}
+
+// One tile as a bf16 tile (format.h): 32 vectors of 16 pairs, scaled. `out` is 2048 bytes, 64-byte aligned.
+template <Format F>
+inline void tile_to_bf16(const uint8_t* codes, const uint8_t* scales, __m512 unit, uint8_t* out) {
+    auto* to = reinterpret_cast<__m512i*>(out);
+    const __m512 scale = tile_scales(scales, unit);
+    if constexpr (F == Format::int8) {
+        const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127.0f));
+        for (size_t g = 0; g < 8; ++g) {
+            const __m512i a = load64(codes + g * 128), b = load64(codes + g * 128 + 64);  // inputs 0-3, 4-7
+            const auto pair = [&](__m512 even, __m512 odd) {
+                return bf16_pairs(_mm512_mul_ps(step, even), _mm512_mul_ps(step, odd));
+            };
+            to[g * 4 + 0] = pair(signed_byte<0>(a), signed_byte<2>(a));
+            to[g * 4 + 1] = pair(signed_byte<0>(b), signed_byte<2>(b));
+            to[g * 4 + 2] = pair(signed_byte<1>(a), signed_byte<3>(a));
+            to[g * 4 + 3] = pair(signed_byte<1>(b), signed_byte<3>(b));
+        }
+    } else {
+        const __m512 table = _mm512_loadu_ps(codebook(F).data());
+        for (size_t g = 0; g < 8; ++g) {
+            const __m512i v = load64(codes + g * 64);
+            const auto pair = [&](__m512 even, __m512 odd) {
+                return bf16_pairs(_mm512_mul_ps(scale, even), _mm512_mul_ps(scale, odd));
+            };
+            to[g * 4 + 0] = pair(nibble<0>(table, v), nibble<4>(table, v));
+            to[g * 4 + 1] = pair(nibble<1>(table, v), nibble<5>(table, v));
+            to[g * 4 + 2] = pair(nibble<2>(table, v), nibble<6>(table, v));
+            to[g * 4 + 3] = pair(nibble<3>(table, v), nibble<7>(table, v));
+        }
+    }
+}
+
+// Tiles [t0, t1) of a panel as bf16 tiles; bf16 weights are used where they lie.
+template <Format F>
+inline const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, size_t k_tiles, size_t t0, size_t t1,
+                                    uint8_t* scratch) {
+    if constexpr (F == Format::bf16) {
+        return panel + code_offset(F, t0, k_tiles);
+    } else {
+        const __m512 unit = scale_unit(panel_scale);
+        for (size_t t = t0; t < t1; ++t)
+            tile_to_bf16<F>(panel + code_offset(F, t, k_tiles), panel + scale_offset(F, t), unit,
+                            scratch + (t - t0) * code_bytes(Format::bf16));
+        return scratch;
+    }
+}
+
+}  // namespace
+}  // namespace fourfold

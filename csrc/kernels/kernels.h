@@ -1,0 +1,140 @@
+// The kernel contract. A kernel is single-threaded, allocates nothing, throws nothing, and is one row of a table that
+// selection, tests and benchmarks all read. Its name is its address: op, weight format, activation, ISA.
+//
+//   linear:  y[m][n] = sum over k of x[m][k] * w[n][k],   m < M, n < 16 * n_panels, k < 64 * k_tiles
+//
+// x comes packed (see Activation), zero beyond K; w in tiles (format.h), zero beyond N and K. y is float32, its rows
+// y_stride floats apart; a kernel writes every one of its M x 16 * n_panels results, and nothing else.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "format.h"
+#include "isa.h"
+
+namespace fourfold {
+
+// How a linear kernel wants its activations.
+enum class Activation : uint8_t {
+    f32,   // (M, 64 k_tiles) float32
+    i16,   // 16-bit fixed point per row and tile, in two signed bytes; see I16Row
+    bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero
+};
+constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
+
+// One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
+//   k_tiles times: 64 bytes hi, 64 bytes lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
+// Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again.
+struct I16Row {
+    static constexpr size_t tile_bytes = 128;
+    static size_t bytes(size_t k_tiles) { return (k_tiles * (tile_bytes + 8) + 63) / 64 * 64; }
+    static const float* scales(const uint8_t* row, size_t k_tiles) {
+        return reinterpret_cast<const float*>(row + k_tiles * tile_bytes);
+    }
+    static const int32_t* offsets(const uint8_t* row, size_t k_tiles) {
+        return reinterpret_cast<const int32_t*>(row + k_tiles * (tile_bytes + 4));
+    }
+};
+
+// Bytes of M packed rows.
+size_t packed_bytes(Activation a, size_t m, size_t k_tiles);
+
+struct LinearArgs {
+    const uint8_t* panels;      // n_panels panels, one after another
+    const float* panel_scales;  // (n_panels), or null for bf16 and f32
+    size_t n_panels;
+    size_t k_tiles;
+    const uint8_t* x;  // packed activations, 64-byte aligned
+    size_t m;          // rows, >= 1
+    float* y;
+    size_t y_stride;  // floats
+    uint8_t* scratch;  // kLinearScratchBytes, 64-byte aligned, this thread's own
+};
+constexpr size_t kLinearScratchBytes = 128 * 1024;
+
+using LinearFn = void (*)(const LinearArgs&);
+
+struct LinearKernel {
+    std::string_view name;
+    Isa isa;
+    Format format;
+    Activation activation;
+    size_t m_min, m_max;  // selection prefers this row for m_min <= M <= m_max; any row computes any M
+    LinearFn run;
+    // Units of rounding for computed tolerances: an output's error is at most
+    //   (weight_rel + x_rel) * S + weight_abs * C + x_abs * B    plus float32 accumulation, where
+    //   S = sum |x| |w|,  C = sum |x| * scale of w's block,  B = sum |w| * largest |x| of the tile.
+    float weight_rel, weight_abs, x_rel, x_abs;
+};
+
+// Every linear kernel compiled in, fastest ISA first; rows whose ISA this machine lacks included.
+std::span<const LinearKernel> linear_kernels();
+// The row for M tokens in a format on this ISA or below it.
+const LinearKernel& choose_linear(Isa isa, Format format, size_t m);
+// The row of that name, or null.
+const LinearKernel* find_linear(std::string_view name);
+
+// ---- everything that is not a matrix: one set of functions per ISA, written once against a vector dialect ----
+
+constexpr size_t kPage = 64;  // positions a KV page
+
+enum class KvFormat : uint8_t { bf16, int8, f32 };
+constexpr std::string_view kKvNames[] = {"bf16", "int8", "f32"};
+
+// One page of one KV head: keys transposed so that positions are lanes, values by rows.
+//   keys (D, 64), values (64, Dp) with Dp = D rounded up to 16;   int8: then 64 float32 key scales, 64 value scales
+struct KvPage {
+    static constexpr size_t element_bytes(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::bf16 ? 2 : 1; }
+    static constexpr size_t padded(size_t d) { return (d + 15) / 16 * 16; }
+    static constexpr size_t values_offset(KvFormat f, size_t d) { return d * kPage * element_bytes(f); }
+    static constexpr size_t scales_offset(KvFormat f, size_t d) { return (d + padded(d)) * kPage * element_bytes(f); }
+    static constexpr size_t bytes(KvFormat f, size_t d) {
+        const size_t scales = f == KvFormat::int8 ? 2 * kPage * sizeof(float) : 0;
+        return (scales_offset(f, d) + scales + 63) / 64 * 64;
+    }
+};
+
+// Softmax attention of a few queries that share one KV head.
+constexpr size_t kAttendQueries = 16;
+struct AttendArgs {
+    size_t n_queries;                    // 1 .. kAttendQueries
+    const float* q[kAttendQueries];      // (D) each, rotated
+    size_t n_positions[kAttendQueries];  // query i sees positions 0 .. n_positions[i] - 1, at least one; ascending
+    float* out[kAttendQueries];          // (D) each
+    const uint8_t* pages;                // the head's first page of this layer
+    size_t page_stride;                  // bytes from page to page
+    const int32_t* page_table;           // position p lies in page page_table[p / kPage]
+    size_t d;
+    float scale;  // of the scores, 1 / sqrt(D)
+    KvFormat format;
+    float* scratch;  // kAttendScratchFloats(d), 64-byte aligned
+};
+constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (KvPage::padded(d) + kPage); }
+
+struct RowKernels {
+    Isa isa;
+    // y = x / sqrt(mean(x^2) + eps) * w; n elements.
+    void (*rms_norm)(const float* x, const float* w, float eps, size_t n, float* y);
+    // Rotate-half rotary embedding in place: (x[i], x[i + d/2]) by the angle whose cosine and sine are c[i], s[i].
+    void (*rope)(float* x, const float* c, const float* s, size_t d);
+    // y = silu(a) * b.
+    void (*silu_mul)(const float* a, const float* b, size_t n, float* y);
+    // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right.
+    void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n, float* y);
+    void (*attend)(const AttendArgs&);
+    // Writes one position of one KV head: k and v are (D) float32.
+    void (*kv_store)(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v);
+    // Packs tiles [t0, t1) of rows [m0, m1) of x (rows x_stride floats apart, K = k valid columns) for linear kernels.
+    // m0 and m1 may run to M rounded up to 16 for bf16, whose rows from M on are written as zeros.
+    void (*pack)(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1,
+                 size_t t0, size_t t1, uint8_t* out);
+    // One row of a weight as float32: row n of the matrix whose first panel is given.
+    void (*unpack_row)(Format format, const uint8_t* panels, const float* panel_scales, size_t n, size_t k_tiles,
+                       float* out);
+};
+
+const RowKernels& row_kernels(Isa isa);
+
+}  // namespace fourfold

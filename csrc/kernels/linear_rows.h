@@ -1,0 +1,15 @@
+// The table's rows, by file; table.cpp joins them.
+#pragma once
+#include "kernels/kernels.h"
+
+namespace fourfold {
+
+std::span<const LinearKernel> linear_rows_scalar();
+std::span<const LinearKernel> linear_rows_avx2();
+std::span<const LinearKernel> linear_rows_avx512();
+std::span<const LinearKernel> linear_rows_amx();
+std::span<const LinearKernel> linear_rows_amx_emulated();
+
+extern const RowKernels kRowsScalar, kRowsAvx2, kRowsAvx512;
+
+}  // namespace fourfold

@@ -1,0 +1,13 @@
+// Everything that is not a matrix, scalar: the dialect of this file's flags.
+#include "kernels/dialect.h"
+#include "kernels/linear_rows.h"
+
+namespace fourfold {
+namespace {
+#include "kernels/attention.inl"
+#include "kernels/rowwise.inl"
+}  // namespace
+
+extern const RowKernels kRowsScalar = {Isa::scalar, rms_norm, rope, silu_mul, add_parts, attend, kv_store, pack, unpack_row};
+
+}  // namespace fourfold

@@ -1,0 +1,134 @@
+// Norm, rotary embedding, gated activation, sums and the packing of activations, against the dialect. Each is one pass
+// over rows that lie in a cache; all are bound by loads. Tails shorter than a vector are done one by one.
+
+void rms_norm(const float* x, const float* w, float eps, size_t n, float* y) {
+    Vec squares = zero();
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (; i < n; ++i) total += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+    for (i = 0; i + kLanes <= n; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(w + i)));
+    for (; i < n; ++i) y[i] = x[i] * factor * w[i];
+}
+
+void rope(float* x, const float* c, const float* s, size_t d) {
+    const size_t half = d / 2;
+    size_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const Vec a = load(x + i), b = load(x + half + i), cosine = load(c + i), sine = load(s + i);
+        store(x + i, sub(mul(a, cosine), mul(b, sine)));
+        store(x + half + i, add(mul(b, cosine), mul(a, sine)));
+    }
+    for (; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * c[i] - b * s[i];
+        x[half + i] = b * c[i] + a * s[i];
+    }
+}
+
+// silu(a) = a / (1 + exp(-a)), through exp of a negative number only: exp(-|a|) and the sigmoid's symmetry.
+void silu_mul(const float* a, const float* b, size_t n, float* y) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vec v = load(a + i), e = exp(sub(zero(), max(v, sub(zero(), v))));
+        const Vec positive = max(v, zero()), negative = sub(v, positive);
+        const Vec numerator = fma(negative, e, positive);
+        store(y + i, mul(div(numerator, add(set1(1.0f), e)), load(b + i)));
+    }
+    for (; i < n; ++i) {
+        const float e = std::exp(-std::fabs(a[i]));
+        y[i] = (a[i] > 0 ? a[i] : a[i] * e) / (1.0f + e) * b[i];
+    }
+}
+
+void add_parts(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n, float* y) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Vec total = load(base + i);
+        for (size_t r = 0; r < n_parts; ++r) total = add(total, load(parts[r] + i));
+        if (bias) total = add(total, load(bias + i));
+        store(y + i, total);
+    }
+    for (; i < n; ++i) {
+        float total = base[i];
+        for (size_t r = 0; r < n_parts; ++r) total += parts[r][i];
+        y[i] = bias ? total + bias[i] : total;
+    }
+}
+
+// Up to 64 values of a row as a whole tile: zero beyond K.
+inline void take_tile(const float* row, size_t t, size_t k, float (&tile)[kTileK]) {
+    const size_t begin = t * kTileK, count = begin >= k ? 0 : k - begin < kTileK ? k - begin : kTileK;
+    std::memcpy(tile, row + begin, count * sizeof(float));
+    std::memset(tile + count, 0, (kTileK - count) * sizeof(float));
+}
+
+inline void pack_i16(const float (&x)[kTileK], uint8_t* codes, float* scale, int32_t* offset) {
+    Vec biggest = zero();
+    for (size_t i = 0; i < kTileK; i += kLanes) {
+        const Vec v = load(x + i);
+        biggest = max(biggest, max(v, sub(zero(), v)));
+    }
+    const float most = largest(biggest), step = most / 32512.0f, inverse = most > 1e-30f ? 32512.0f / most : 0.0f;
+    int32_t total = 0;
+    for (size_t i = 0; i < kTileK; ++i) {
+        // Adding 1.5 * 2^23 leaves the integer nearest to x in the low bits.
+        const int32_t q = std::bit_cast<int32_t>(x[i] * inverse + 0x1.8p23f) - 0x4B400000;
+        const int32_t hi = (q + 128) >> 8;
+        codes[i] = static_cast<uint8_t>(hi);
+        codes[kTileK + i] = static_cast<uint8_t>(q - hi * 256);
+        total += q;
+    }
+    *scale = step;
+    *offset = -128 * total;
+}
+
+void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1, size_t t0,
+          size_t t1, uint8_t* out) {
+    for (size_t row = m0; row < m1; ++row)
+        for (size_t t = t0; t < t1; ++t) {
+            alignas(64) float tile[kTileK];
+            if (a == Activation::bf16) {
+                uint8_t* band = out + row / 16 * (k_tiles * 2048);
+                if (row < m) take_tile(x + row * x_stride, t, k, tile);
+                for (size_t half = 0; half < 2; ++half) {
+                    auto* to = reinterpret_cast<uint16_t*>(band + (t * 2 + half) * 1024 + row % 16 * 64);
+                    for (size_t i = 0; i < 32; ++i)
+                        to[i] = row < m ? to_bf16(tile[half * 32 + i / 8 * 8 + kPairOrder[i % 8]]) : 0;
+                }
+                continue;
+            }
+            take_tile(x + row * x_stride, t, k, tile);
+            if (a == Activation::f32) {
+                std::memcpy(out + (row * k_tiles + t) * sizeof tile, tile, sizeof tile);
+            } else {
+                uint8_t* packed = out + row * I16Row::bytes(k_tiles);
+                pack_i16(tile, packed + t * I16Row::tile_bytes, const_cast<float*>(I16Row::scales(packed, k_tiles)) + t,
+                         const_cast<int32_t*>(I16Row::offsets(packed, k_tiles)) + t);
+            }
+        }
+}
+
+void unpack_row(Format f, const uint8_t* panels, const float* panel_scales, size_t n, size_t k_tiles, float* out) {
+    const uint8_t* panel = panels + n / kTileN * panel_bytes(f, k_tiles);
+    const size_t lane = n % kTileN;
+    for (size_t t = 0; t < k_tiles; ++t) {
+        const uint8_t* codes = panel + code_offset(f, t, k_tiles);
+        const float scale = has_scales(f) ? panel_scales[n / kTileN] * e4m3(panel[scale_offset(f, t) + lane]) : 1.0f;
+        for (size_t k = 0; k < kTileK; ++k, ++out) {
+            if (is_4bit(f)) {
+                const uint8_t byte = codes[nibble_byte(lane, k)];
+                *out = scale * codebook(f)[nibble_is_high(k) ? byte >> 4 : byte & 15];
+            } else if (f == Format::int8) {
+                *out = scale * (static_cast<float>(static_cast<int8_t>(codes[int8_byte(lane, k)])) / 127.0f);
+            } else if (f == Format::bf16) {
+                uint16_t bits;
+                std::memcpy(&bits, codes + 2 * bf16_word(lane, k), 2);
+                *out = std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+            } else {
+                std::memcpy(out, codes + 4 * (k * kTileN + lane), 4);
+            }
+        }
+    }
+}

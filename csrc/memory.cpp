@@ -1,0 +1,41 @@
+#include "memory.h"
+
+#include <linux/mempolicy.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <new>
+#include <vector>
+
+namespace fourfold {
+
+namespace {
+constexpr size_t kHugePage = size_t{2} << 20;
+}
+
+NodeMemory::NodeMemory(size_t bytes, int node) {
+    if (bytes == 0) return;
+    // Whole huge pages for what fills at least one, so that the tail is huge too.
+    const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
+    bytes_ = (bytes + unit - 1) / unit * unit;
+    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        bytes_ = 0;
+        throw std::bad_alloc();
+    }
+    data_ = static_cast<uint8_t*>(p);
+    if (unit == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
+    if (node != kAnyNode) {
+        constexpr size_t kBits = 8 * sizeof(unsigned long);
+        std::vector<unsigned long> mask(static_cast<size_t>(node) / kBits + 1);
+        mask[static_cast<size_t>(node) / kBits] |= 1ul << (static_cast<size_t>(node) % kBits);
+        syscall(SYS_mbind, data_, bytes_, MPOL_BIND, mask.data(), mask.size() * kBits + 1, 0);
+    }
+}
+
+NodeMemory::~NodeMemory() {
+    if (data_) munmap(data_, bytes_);
+}
+
+}  // namespace fourfold

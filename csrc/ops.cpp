@@ -1,0 +1,146 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fourfold {
+
+namespace {
+constexpr size_t kLine = 16;  // floats a cache line: threads never share one they write
+}
+
+void EmbedOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Weight& w = Ops::weight(p, weight);
+    const Buffer& to = Ops::buffer(p, dst);
+    const auto [begin, end] = worker.share(step.n_tokens());
+    auto* row = reinterpret_cast<float*>(Ops::scratch(p, worker));
+    for (size_t m = begin; m < end; ++m) {
+        const auto token = static_cast<size_t>(step.tokens[m]);
+        for (size_t r = 0; r < worker.n_ranks; ++r) {
+            const Weight::Slice& s = w.slice(r);
+            size_t local = 0;
+            for (const Range& range : s.plan.outputs) {
+                if (token >= range.begin && token < range.end) {
+                    Ops::rows(p).unpack_row(w.format, s.panels.as(), s.scales.as<float>(), local + token - range.begin,
+                                            s.k_tiles, row);
+                    std::memcpy(to.row(worker.rank, m), row, w.k * sizeof(float));
+                }
+                local += (range.end - range.begin + kTileN - 1) / kTileN * kTileN;
+            }
+        }
+    }
+}
+
+void NormOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
+    const auto [begin, end] = worker.share(Ops::n_rows(from, step));
+    for (size_t m = begin; m < end; ++m)
+        Ops::rows(p).rms_norm(from.row(worker.rank, m), w[worker.rank].data(), eps, from.width[worker.rank],
+                              to.row(worker.rank, m));
+}
+
+void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
+    const size_t r = worker.rank;
+    const Buffer& from = Ops::buffer(p, src);
+    const size_t m = Ops::n_rows(from, step);
+    if (m == 0) return;
+    const Weight& first = Ops::weight(p, parts[0].weight);
+    const LinearKernel& kernel = Ops::kernel(p, first.format, m);
+
+    size_t n_panels = 0, k_tiles = 0;
+    for (const auto& part : parts) {
+        n_panels += Ops::weight(p, part.weight).slice(r).n_panels;
+        k_tiles = std::max(k_tiles, Ops::weight(p, part.weight).slice(r).k_tiles);
+    }
+    // The activations once, in the kernel's form: one row by tiles, many rows by bands.
+    uint8_t* packed = Ops::packed(p, r);
+    const size_t rows = kernel.activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
+    const auto [t0, t1] = rows == 1 ? worker.share(k_tiles) : std::pair<size_t, size_t>{0, k_tiles};
+    const auto [m0, m1] = rows == 1 ? std::pair<size_t, size_t>{0, 1} : worker.share(rows);
+    if (k_tiles)
+        Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1, packed);
+    worker.barrier();
+
+    const auto [begin, end] = worker.share(n_panels);
+    size_t before = 0;  // panels of the parts before this one
+    for (const auto& part : parts) {
+        const Weight& w = Ops::weight(p, part.weight);
+        const Weight::Slice& s = w.slice(r);
+        const bool to_logits = part.dst == Program::kLogits;
+        float* y = to_logits ? step.logits : Ops::buffer(p, part.dst).row(r, 0);
+        const size_t y_stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
+        if (to_logits && s.n_panels) y += s.plan.outputs[0].begin;
+        if (is_partial && s.n_panels == 0) {  // a rank that holds none of the inputs still adds its zeros
+            const auto [c0, c1] = worker.share(y_stride, kLine);
+            for (size_t row = 0; row < m; ++row) std::memset(y + row * y_stride + c0, 0, (c1 - c0) * sizeof(float));
+        }
+        const size_t b = std::clamp(begin, before, before + s.n_panels) - before;
+        const size_t e = std::clamp(end, before, before + s.n_panels) - before;
+        before += s.n_panels;
+        if (b == e) continue;
+        kernel.run({s.panels.as() + b * panel_bytes(w.format, s.k_tiles), has_scales(w.format) ? s.scales.as<float>() + b : nullptr,
+                    e - b, s.k_tiles, packed, m, y + b * kTileN, y_stride, Ops::scratch(p, worker)});
+        if (!part.bias.empty()) {
+            const float* bias = part.bias[r].data();
+            const size_t stop = std::min(e * kTileN, part.bias[r].size());
+            for (size_t row = 0; row < m; ++row)
+                for (size_t n = b * kTileN; n < stop; ++n) y[row * y_stride + n] += bias[n];
+        }
+    }
+}
+
+void ReduceOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &from = Ops::buffer(p, partial), &plus = Ops::buffer(p, base), &to = Ops::buffer(p, dst);
+    const size_t r = worker.rank;
+    const auto [c0, c1] = worker.share(to.width[r], kLine);
+    if (c0 == c1) return;
+    constexpr size_t kMostRanks = 64;
+    const float* parts[kMostRanks];
+    for (size_t m = 0; m < Ops::n_rows(from, step); ++m) {
+        for (size_t i = 0; i < worker.n_ranks; ++i) parts[i] = from.row(i, m) + c0;
+        Ops::rows(p).add_parts(plus.row(r, m) + c0, parts, worker.n_ranks, bias.empty() ? nullptr : bias[r].data() + c0,
+                               c1 - c0, to.row(r, m) + c0);
+    }
+}
+
+void GatedOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &a = Ops::buffer(p, gate), &b = Ops::buffer(p, up), &to = Ops::buffer(p, dst);
+    const size_t r = worker.rank;
+    const auto [c0, c1] = worker.share(to.width[r], kLine);
+    for (size_t m = 0; m < Ops::n_rows(a, step) && c0 < c1; ++m)
+        Ops::rows(p).silu_mul(a.row(r, m) + c0, b.row(r, m) + c0, c1 - c0, to.row(r, m) + c0);
+}
+
+// Threads divide columns, so each reads a sequence's state before it replaces it.
+void WithPreviousOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
+    const size_t r = worker.rank, width = from.width[r];
+    const auto [c0, c1] = worker.share(width, kLine);
+    const size_t bytes = (c1 - c0) * sizeof(float);
+    if (bytes == 0) return;
+    for (const SequenceRows& s : step.sequences) {
+        float* last = state[r].as<float>() + static_cast<size_t>(s.slot) * width + c0;
+        for (int32_t i = 0; i < s.n_rows; ++i) {
+            const auto m = static_cast<size_t>(s.row_begin + i);
+            float* out = to.row(r, m);
+            if (i > 0)
+                std::memcpy(out + c0, from.row(r, m - 1) + c0, bytes);
+            else if (s.start > 0)
+                std::memcpy(out + c0, last, bytes);
+            else
+                std::memset(out + c0, 0, bytes);
+            std::memcpy(out + width + c0, from.row(r, m) + c0, bytes);
+        }
+        std::memcpy(last, from.row(r, static_cast<size_t>(s.row_begin + s.n_rows - 1)) + c0, bytes);
+    }
+}
+
+void SelectOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
+    const auto [begin, end] = worker.share(step.output_rows.size());
+    for (size_t i = begin; i < end; ++i)
+        std::memcpy(to.row(worker.rank, i), from.row(worker.rank, static_cast<size_t>(step.output_rows[i])),
+                    from.width[worker.rank] * sizeof(float));
+}
+
+}  // namespace fourfold

@@ -1,0 +1,107 @@
+// The ops of a program (program.h says what each computes): how work is divided over the threads of a rank.
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "program.h"
+
+namespace fourfold {
+
+// What ops may touch of a program.
+struct Ops {
+    static Buffer& buffer(Program& p, int i) { return p.buffers_[static_cast<size_t>(i)]; }
+    static Weight& weight(Program& p, int i) { return *p.weights_[static_cast<size_t>(i)]; }
+    static const RowKernels& rows(const Program& p) { return p.rows_; }
+    static const ProgramOptions& options(const Program& p) { return p.options_; }
+    static const LinearKernel& kernel(const Program& p, Format f, size_t m) { return p.kernel(f, m); }
+    static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
+    static uint8_t* scratch(Program& p, const Worker& w) { return p.scratch_[w.rank][w.thread].as(); }
+    static Program::Cache& cache(Program& p, int layer) { return p.caches_[static_cast<size_t>(layer)]; }
+    static const float* cosines(const Program& p, size_t position) {
+        return p.cosines_.data() + position * (p.options_.head_dim / 2);
+    }
+    static const float* sines(const Program& p, size_t position) {
+        return p.sines_.data() + position * (p.options_.head_dim / 2);
+    }
+    static size_t n_rows(const Buffer& b, const Step& s) { return b.of_outputs ? s.output_rows.size() : s.n_tokens(); }
+};
+
+struct EmbedOp final : Op {
+    int weight, dst;
+    EmbedOp(int weight, int dst) : weight(weight), dst(dst) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "embed"; }
+};
+
+struct NormOp final : Op {
+    int src, dst;
+    Vectors w;
+    float eps;
+    NormOp(int src, Vectors w, float eps, int dst) : src(src), dst(dst), w(std::move(w)), eps(eps) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "norm"; }
+};
+
+struct LinearOp final : Op {
+    int src;
+    std::vector<Program::LinearPart> parts;
+    bool is_partial;  // its inputs are cut over ranks: a reduction follows
+    LinearOp(int src, std::vector<Program::LinearPart> parts, bool is_partial)
+        : src(src), parts(std::move(parts)), is_partial(is_partial) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "linear"; }
+    bool ends_globally() const override { return is_partial; }
+};
+
+struct ReduceOp final : Op {
+    int partial, base, dst;
+    Vectors bias;
+    ReduceOp(int partial, int base, Vectors bias, int dst)
+        : partial(partial), base(base), dst(dst), bias(std::move(bias)) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "reduce"; }
+};
+
+struct CacheOp final : Op {
+    int layer, q, k, v;
+    CacheOp(int layer, int q, int k, int v) : layer(layer), q(q), k(k), v(v) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "cache"; }
+};
+
+struct AttendOp final : Op {
+    int layer, q, dst;
+    // Per rank: runs of query heads (first, count) that share a KV head, count <= kAttendQueries.
+    struct Group {
+        size_t head, count, kv_head;
+    };
+    std::vector<std::vector<Group>> groups;
+    AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "attend"; }
+};
+
+struct GatedOp final : Op {
+    int gate, up, dst;
+    GatedOp(int gate, int up, int dst) : gate(gate), up(up), dst(dst) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "gated"; }
+};
+
+struct WithPreviousOp final : Op {
+    int src, dst;
+    std::vector<NodeMemory> state;  // per rank: (n_slots, width) the last row of each sequence
+    WithPreviousOp(int src, int dst, std::vector<NodeMemory> state) : src(src), dst(dst), state(std::move(state)) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "with_previous"; }
+};
+
+struct SelectOp final : Op {
+    int src, dst;
+    SelectOp(int src, int dst) : src(src), dst(dst) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "select"; }
+};
+
+}  // namespace fourfold

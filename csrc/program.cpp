@@ -1,0 +1,163 @@
+#include "program.h"
+
+#include <algorithm>
+#include <set>
+#include <stdexcept>
+
+#include "ops.h"
+
+namespace fourfold {
+
+namespace {
+constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes together
+}
+
+Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
+    : team_(std::move(team)), options_(std::move(options)), rows_(row_kernels(options_.isa)) {
+    if (!options_.kernel.empty()) {
+        const LinearKernel* forced = find_linear(options_.kernel);
+        if (!forced) throw std::invalid_argument("there is no kernel named " + options_.kernel);
+        if (forced->isa > options_.isa)
+            throw std::invalid_argument("kernel " + options_.kernel + " needs " + std::string(to_string(forced->isa)));
+    }
+    row_sequence_.resize(options_.max_tokens);
+    row_position_.resize(options_.max_tokens);
+    blocks_.reserve(options_.max_tokens);
+}
+
+Program::~Program() = default;
+
+const LinearKernel& Program::kernel(Format format, size_t m) const {
+    if (!options_.kernel.empty())
+        if (const LinearKernel* forced = find_linear(options_.kernel); forced->format == format) return *forced;
+    return choose_linear(options_.isa, format, m);
+}
+
+int Program::add_buffer(std::vector<size_t> width, bool of_outputs) {
+    Buffer b{std::move(width), {}, {}, of_outputs};
+    for (size_t r = 0; r < team_->n_ranks(); ++r) {
+        b.stride.push_back((b.width[r] + 15) / 16 * 16);
+        b.memory.emplace_back(options_.max_tokens * b.stride[r] * sizeof(float), team_->plan()[r].node);
+    }
+    buffers_.push_back(std::move(b));
+    return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Program::add_weight(std::shared_ptr<Weight> weight) {
+    for (size_t r = 0; r < team_->n_ranks(); ++r)
+        for (const LinearKernel& k : linear_kernels())
+            if (k.format == weight->format)
+                packed_bytes_ = std::max(packed_bytes_, packed_bytes(k.activation, options_.max_tokens, weight->slice(r).k_tiles));
+    weights_.push_back(std::move(weight));
+    return static_cast<int>(weights_.size()) - 1;
+}
+
+void Program::set_rope(std::vector<float> cosines, std::vector<float> sines) {
+    cosines_ = std::move(cosines);
+    sines_ = std::move(sines);
+}
+
+void Program::add_embed(int weight, int dst) { ops_.push_back(std::make_unique<EmbedOp>(weight, dst)); }
+
+void Program::add_norm(int src, Vectors w, float eps, int dst) {
+    ops_.push_back(std::make_unique<NormOp>(src, std::move(w), eps, dst));
+}
+
+void Program::add_linear(int src, std::vector<LinearPart> parts) {
+    bool partial = false;
+    for (const LinearPart& part : parts) {
+        const Weight& w = *weights_[static_cast<size_t>(part.weight)];
+        if (w.format != weights_[static_cast<size_t>(parts[0].weight)]->format)
+            throw std::invalid_argument("the weights of one linear must have one format");
+        partial |= w.inputs_are_cut();
+    }
+    ops_.push_back(std::make_unique<LinearOp>(src, std::move(parts), partial));
+}
+
+void Program::add_reduce(int partial, int base, Vectors bias, int dst) {
+    ops_.push_back(std::make_unique<ReduceOp>(partial, base, std::move(bias), dst));
+}
+
+void Program::add_cache(int layer, int q, int k, int v) {
+    if (static_cast<size_t>(layer) != caches_.size()) throw std::invalid_argument("layers are added in order");
+    Cache& cache = caches_.emplace_back();
+    for (size_t r = 0; r < team_->n_ranks(); ++r)
+        cache.n_heads.push_back(buffers_[static_cast<size_t>(k)].width[r] / options_.head_dim);
+    ops_.push_back(std::make_unique<CacheOp>(layer, q, k, v));
+}
+
+void Program::add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst) {
+    ops_.push_back(std::make_unique<AttendOp>(layer, q, std::move(kv_of_head), dst));
+}
+
+void Program::add_gated(int gate, int up, int dst) { ops_.push_back(std::make_unique<GatedOp>(gate, up, dst)); }
+
+void Program::add_with_previous(int src, int dst) {
+    std::vector<NodeMemory> state;
+    for (size_t r = 0; r < team_->n_ranks(); ++r)
+        state.emplace_back(options_.n_slots * buffers_[static_cast<size_t>(src)].width[r] * sizeof(float), team_->plan()[r].node);
+    ops_.push_back(std::make_unique<WithPreviousOp>(src, dst, std::move(state)));
+}
+
+void Program::add_select(int src, int dst) { ops_.push_back(std::make_unique<SelectOp>(src, dst)); }
+
+void Program::finish() {
+    size_t widest = 0;
+    for (const auto& w : weights_) widest = std::max(widest, tiles_of(w->k) * kTileK * sizeof(float));
+    const size_t scratch = std::max({kLinearScratchBytes, attend_scratch_floats(options_.head_dim) * sizeof(float), widest});
+    const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
+    for (size_t r = 0; r < team_->n_ranks(); ++r) {
+        const RankPlan& plan = team_->plan()[r];
+        packed_.emplace_back(packed_bytes_, plan.node);
+        auto& threads = scratch_.emplace_back();
+        for (size_t t = 0; t < plan.cpus.size(); ++t) threads.emplace_back(scratch, plan.node);
+        for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
+    }
+}
+
+void Program::step(const Step& given) {
+    Step step = given;
+    blocks_.clear();
+    for (size_t i = 0; i < step.sequences.size(); ++i) {
+        const SequenceRows& s = step.sequences[i];
+        for (int32_t row = 0; row < s.n_rows; ++row) {
+            row_sequence_[static_cast<size_t>(s.row_begin + row)] = static_cast<int32_t>(i);
+            row_position_[static_cast<size_t>(s.row_begin + row)] = s.start + row;
+        }
+        for (size_t row = 0; row < static_cast<size_t>(s.n_rows); row += kBlockRows)
+            blocks_.push_back({i, static_cast<size_t>(s.row_begin) + row,
+                               std::min(kBlockRows, static_cast<size_t>(s.n_rows) - row)});
+    }
+    step.row_sequence = {row_sequence_.data(), step.n_tokens()};
+    step.row_position = {row_position_.data(), step.n_tokens()};
+    step.blocks = blocks_;
+    team_->run([self = shared_from_this(), step](Worker& worker) {
+        for (const auto& op : self->ops_) {
+            op->run(*self, worker, step);
+            op->ends_globally() ? worker.barrier_all() : worker.barrier();
+        }
+    });
+}
+
+size_t Program::kv_bytes() const {
+    size_t total = 0;
+    for (const Cache& cache : caches_)
+        for (const size_t heads : cache.n_heads)
+            total += options_.n_pages * heads * KvPage::bytes(options_.kv, options_.head_dim);
+    return total;
+}
+
+std::map<std::string, std::string> Program::kernels(size_t m) const {
+    std::map<std::string, std::string> names;
+    for (const auto& w : weights_)
+        names[std::string(kFormatNames[static_cast<size_t>(w->format)])] = std::string(kernel(w->format, m).name);
+    return names;
+}
+
+std::vector<std::string> Program::op_names() const {
+    std::vector<std::string> names;
+    for (const auto& op : ops_) names.push_back(op->name());
+    return names;
+}
+
+}  // namespace fourfold

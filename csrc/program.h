@@ -1,0 +1,145 @@
+// A model as a short list of ops over named activations and weights, walked by every thread of every rank in lock-step.
+//
+// Built once (the add_* calls, in order), then run with step(): one call a step, nothing allocated in it. Activations are
+// float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and `embed`.
+// Rows are tokens, of any mix of sequences, never padded.
+#pragma once
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+#include "team.h"
+#include "weight.h"
+
+namespace fourfold {
+
+// The rows of one sequence in a step; they are contiguous.
+struct SequenceRows {
+    int32_t slot;               // which LFA state is its own
+    int32_t start;              // position of its first row
+    int32_t row_begin, n_rows;  // among the step's rows
+    const int32_t* pages;       // page table: position p lies in KV page pages[p / kPage]
+};
+
+// Rows of one sequence that one attention item takes together.
+struct RowBlock {
+    size_t sequence, row, n_rows;
+};
+
+struct Step {
+    std::span<const int32_t> tokens;  // (M)
+    std::span<const SequenceRows> sequences;
+    std::span<const int32_t> output_rows;  // (L), rows whose logits are wanted
+    float* logits;                         // (L, logits_stride)
+    size_t logits_stride;
+    // Made by Program::step.
+    std::span<const int32_t> row_sequence, row_position;  // (M)
+    std::span<const RowBlock> blocks;
+    size_t n_tokens() const { return tokens.size(); }
+};
+
+// An activation: per rank, `rows` rows of that rank's width, each row at a multiple of 64 bytes.
+struct Buffer {
+    std::vector<size_t> width;   // per rank
+    std::vector<size_t> stride;  // per rank, floats
+    std::vector<NodeMemory> memory;
+    bool of_outputs;  // rows are the step's output rows, not its tokens
+    float* row(size_t rank, size_t m) const { return memory[rank].as<float>() + m * stride[rank]; }
+};
+
+using Vectors = std::vector<std::vector<float>>;  // per rank: its part of a norm's weights or a bias
+
+class Op;
+
+struct ProgramOptions {
+    size_t max_tokens;  // rows a step
+    size_t n_slots;     // sequences at a time
+    size_t context;     // positions a sequence
+    size_t n_pages;     // KV pages in all
+    size_t head_dim;
+    KvFormat kv;
+    Isa isa;
+    std::string kernel;  // forces a linear kernel by name wherever its format is read; empty: the table chooses
+};
+
+class Program : public std::enable_shared_from_this<Program> {
+  public:
+    Program(std::shared_ptr<Team> team, ProgramOptions options);
+    ~Program();
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
+
+    int add_buffer(std::vector<size_t> width, bool of_outputs);
+    int add_weight(std::shared_ptr<Weight> weight);
+    // Angles' cosines and sines, (context, head_dim / 2) each.
+    void set_rope(std::vector<float> cosines, std::vector<float> sines);
+
+    // dst = row `token` of the weight (which is cut by outputs over the ranks).
+    void add_embed(int weight, int dst);
+    void add_norm(int src, Vectors w, float eps, int dst);
+    struct LinearPart {
+        int weight, dst;
+        Vectors bias;  // empty: none
+    };
+    // dst = src W^T + bias for each part, src read once. dst may be kLogits: the ranks' outputs side by side.
+    static constexpr int kLogits = -1;
+    void add_linear(int src, std::vector<LinearPart> parts);
+    // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank.
+    void add_reduce(int partial, int base, Vectors bias, int dst);
+    // Rotates q and k by their positions; writes k and v to the layer's cache.
+    void add_cache(int layer, int q, int k, int v);
+    // dst = softmax attention of q over the layer's cache. Query head h of a rank reads its KV head kv_of_head[rank][h].
+    void add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
+    void add_gated(int gate, int up, int dst);  // silu(gate) * up
+    // dst = [src of the token before | src]; the first token of a sequence has zeros before it.
+    void add_with_previous(int src, int dst);
+    void add_select(int src, int dst);  // the step's output rows
+    // Allocates caches and scratch; the program is then complete.
+    void finish();
+
+    // One step. The caller has checked sizes: rows <= max_tokens, positions < context, ids in range.
+    void step(const Step& step);
+
+    size_t kv_bytes() const;  // of all ranks' caches
+    // Kernels that a step of M tokens would run, by weight format.
+    std::map<std::string, std::string> kernels(size_t m) const;
+    std::vector<std::string> op_names() const;
+
+    struct Cache {  // of one layer
+        std::vector<NodeMemory> pages;  // per rank: (n_pages, its KV heads, KvPage::bytes)
+        std::vector<size_t> n_heads;
+    };
+
+  private:
+    friend struct Ops;
+    const LinearKernel& kernel(Format format, size_t m) const;
+
+    std::shared_ptr<Team> team_;
+    const ProgramOptions options_;
+    const RowKernels& rows_;
+    std::vector<Buffer> buffers_;
+    std::vector<std::shared_ptr<Weight>> weights_;
+    std::vector<float> cosines_, sines_;
+    std::vector<Cache> caches_;
+    std::vector<std::unique_ptr<Op>> ops_;
+    std::vector<NodeMemory> packed_;                // per rank: activations as the linear kernels want them
+    std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
+    std::vector<int32_t> row_sequence_, row_position_;
+    std::vector<RowBlock> blocks_;
+    size_t packed_bytes_ = 0;
+};
+
+// One step of the walk. run() is called by every thread; a barrier of its kind follows it.
+class Op {
+  public:
+    virtual ~Op() = default;
+    virtual void run(Program& p, Worker& worker, const Step& step) const = 0;
+    virtual std::string name() const = 0;
+    virtual bool ends_globally() const { return false; }  // other ranks read what this op wrote
+};
+
+}  // namespace fourfold

@@ -1,0 +1,203 @@
+#include "team.h"
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <exception>
+#include <map>
+#include <mutex>
+
+namespace fourfold {
+
+namespace {
+using Clock = std::chrono::steady_clock;
+
+struct alignas(64) Flag {
+    std::atomic<uint64_t> value{0};
+};
+}  // namespace
+
+// Everything that threads share; each holds a reference, so that one that never returns outlives the team unharmed.
+struct Worker::State {
+    std::vector<std::vector<Flag>> arrived;  // (rank, thread)
+    std::vector<Flag> released, rank_arrived;
+    Flag all_released;
+
+    alignas(64) std::atomic<uint32_t> generation{0};  // of jobs; workers sleep on it
+    alignas(64) std::atomic<uint32_t> finished{0};    // the last generation that ended; the caller sleeps on it
+    alignas(64) std::atomic<size_t> n_done{0};
+    std::atomic<bool> broken{false}, closing{false};
+    size_t n_workers = 0;
+    int spins = 0;
+    std::chrono::duration<double> timeout{};
+    std::mutex mutex;  // guards the rest
+    Team::Job job;
+    std::exception_ptr error;
+    std::map<std::pair<size_t, size_t>, double> stalls;
+
+    void fail(std::exception_ptr e) {
+        {
+            std::lock_guard lock(mutex);
+            if (!error) error = e;
+        }
+        broken = true;
+        finished = generation.load();
+        finished.notify_all();
+    }
+
+    // Waits until flag >= target. `who` names the thread awaited if the wait is one that should report it.
+    template <class Who>
+    void wait(const Flag& flag, uint64_t target, double patience, Who who) {
+        for (int i = 0; i < spins; ++i) {
+            if (flag.value.load(std::memory_order_acquire) >= target) return;
+            _mm_pause();
+        }
+        const auto start = Clock::now();
+        for (size_t i = 0; flag.value.load(std::memory_order_acquire) < target; ++i) {
+            if (broken) throw StallError("another thread failed");
+            sched_yield();
+            if (i % 64 == 63 && Clock::now() - start > timeout * patience) {
+                const StallError e(who());
+                fail(std::make_exception_ptr(e));
+                throw e;
+            }
+        }
+    }
+};
+
+namespace {
+std::string late(size_t rank, size_t thread, double seconds) {
+    char text[160];
+    std::snprintf(text, sizeof text, "rank %zu, thread %zu did not arrive within %.3g s; the step was given up", rank, thread,
+                  seconds);
+    return text;
+}
+}  // namespace
+
+// The first thread of a rank gathers the others; it alone reports who is late, the rest wait longer for it.
+void Worker::arrive() {
+    ++epoch_;
+    if (thread != 0) {
+        state_.arrived[rank][thread].value.store(epoch_, std::memory_order_release);
+        state_.wait(state_.released[rank], epoch_, 3, [&] { return late(rank, 0, 3 * state_.timeout.count()); });
+        return;
+    }
+    for (size_t t = 1; t < n_threads; ++t)
+        state_.wait(state_.arrived[rank][t], epoch_, 1, [&] { return late(rank, t, state_.timeout.count()); });
+}
+
+void Worker::release() {
+    if (thread == 0) state_.released[rank].value.store(epoch_, std::memory_order_release);
+}
+
+void Worker::barrier() {
+    arrive();
+    release();
+}
+
+void Worker::barrier_all() {
+    arrive();
+    ++epoch_all_;
+    if (thread == 0 && n_ranks > 1) {
+        if (rank == 0) {
+            for (size_t r = 1; r < n_ranks; ++r)
+                state_.wait(state_.rank_arrived[r], epoch_all_, 1.5, [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
+            state_.all_released.value.store(epoch_all_, std::memory_order_release);
+        } else {
+            state_.rank_arrived[rank].value.store(epoch_all_, std::memory_order_release);
+            state_.wait(state_.all_released, epoch_all_, 2, [&] { return late(0, 0, 2 * state_.timeout.count()); });
+        }
+    }
+    release();
+}
+
+Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move(plan)) {
+    if (plan_.empty()) throw std::invalid_argument("a team needs at least one rank");
+    state_ = std::make_shared<Worker::State>();
+    Worker::State& s = *state_;
+    std::vector<int> used;
+    for (const RankPlan& rank : plan_) {
+        if (rank.cpus.empty()) throw std::invalid_argument("every rank needs at least one CPU");
+        s.arrived.emplace_back(rank.cpus.size());
+        s.n_workers += rank.cpus.size();
+        used.insert(used.end(), rank.cpus.begin(), rank.cpus.end());
+    }
+    s.released = std::vector<Flag>(plan_.size());
+    s.rank_arrived = std::vector<Flag>(plan_.size());
+    s.timeout = std::chrono::duration<double>(timeout_seconds);
+    std::sort(used.begin(), used.end());
+    const bool shared_cpus = std::adjacent_find(used.begin(), used.end()) != used.end();
+    s.spins = shared_cpus ? 0 : 20000;  // about 0.3 ms: longer than any wait in a step but the stragglers'
+
+    for (size_t r = 0; r < plan_.size(); ++r)
+        for (size_t t = 0; t < plan_[r].cpus.size(); ++t)
+            threads_.emplace_back([state = state_, r, t, n_ranks = plan_.size(), n_threads = plan_[r].cpus.size(),
+                                   cpu = plan_[r].cpus[t]] {
+                cpu_set_t set;
+                CPU_ZERO(&set);
+                CPU_SET(cpu, &set);
+                pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
+                Worker worker(*state, r, t, n_ranks, n_threads);
+                for (uint32_t seen = 0;; ++seen) {
+                    for (int i = 0; i < state->spins && state->generation.load(std::memory_order_acquire) == seen; ++i)
+                        _mm_pause();
+                    state->generation.wait(seen, std::memory_order_acquire);
+                    if (state->closing) return;
+                    Job job;
+                    double nap = 0;
+                    {
+                        std::lock_guard lock(state->mutex);
+                        job = state->job;
+                        if (const auto it = state->stalls.find({r, t}); it != state->stalls.end()) {
+                            nap = it->second;
+                            state->stalls.erase(it);
+                        }
+                    }
+                    if (nap > 0) std::this_thread::sleep_for(std::chrono::duration<double>(nap));
+                    try {
+                        if (!state->broken) job(worker);
+                    } catch (...) {
+                        state->fail(std::current_exception());
+                    }
+                    job = nullptr;
+                    if (state->n_done.fetch_add(1) + 1 == state->n_workers) {
+                        state->finished = state->generation.load();
+                        state->finished.notify_all();
+                    }
+                    if (state->broken) return;
+                }
+            });
+}
+
+Team::~Team() {
+    state_->closing = true;
+    ++state_->generation;
+    state_->generation.notify_all();
+    // A thread of a broken team may never return; it holds its own reference to the state.
+    for (std::thread& t : threads_) state_->broken ? t.detach() : t.join();
+}
+
+void Team::run(Job job) {
+    Worker::State& s = *state_;
+    if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");
+    {
+        std::lock_guard lock(s.mutex);
+        s.job = std::move(job);
+    }
+    s.n_done = 0;
+    const uint32_t generation = s.generation.fetch_add(1) + 1;
+    s.generation.notify_all();
+    for (uint32_t done; (done = s.finished.load()) != generation;) s.finished.wait(done);
+    std::lock_guard lock(s.mutex);
+    s.job = nullptr;
+    if (s.error) std::rethrow_exception(s.error);
+}
+
+void Team::stall_next(size_t rank, size_t thread, double seconds) {
+    std::lock_guard lock(state_->mutex);
+    state_->stalls[{rank, thread}] = seconds;
+}
+
+}  // namespace fourfold

@@ -1,0 +1,81 @@
+// Pinned threads, one group a rank, that run the same job in lock-step.
+//
+//   rank     one tensor-parallel slice: threads on the cores of one NUMA node (or virtual: any cores)
+//   barrier  all threads of a rank;  barrier_all: all threads of all ranks
+//
+// Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in StallError, and the
+// team is broken from then on. Between jobs threads spin for a moment, then sleep: an idle team uses no CPU.
+#pragma once
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace fourfold {
+
+struct RankPlan {
+    int node;               // where its memory goes: the kernel's number, or kAnyNode
+    std::vector<int> cpus;  // one thread each; the same CPU may stand in several ranks
+};
+
+struct StallError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+class Team;
+
+// One thread's place in the team, as a job sees it.
+class Worker {
+  public:
+    const size_t rank, thread, n_ranks, n_threads;  // n_threads: of this rank
+    void barrier();
+    void barrier_all();
+
+    // This thread's part of [0, count): contiguous, in units, as even as can be.
+    std::pair<size_t, size_t> share(size_t count, size_t unit = 1) const {
+        const size_t units = (count + unit - 1) / unit;
+        const size_t begin = units * thread / n_threads * unit, end = units * (thread + 1) / n_threads * unit;
+        return {begin < count ? begin : count, end < count ? end : count};
+    }
+
+  private:
+    friend class Team;
+    struct State;
+    Worker(State& state, size_t rank, size_t thread, size_t n_ranks, size_t n_threads)
+        : rank(rank), thread(thread), n_ranks(n_ranks), n_threads(n_threads), state_(state) {}
+    void arrive();
+    void release();
+    State& state_;
+    uint64_t epoch_ = 0, epoch_all_ = 0;
+};
+
+class Team {
+  public:
+    using Job = std::function<void(Worker&)>;
+
+    // Throws std::invalid_argument for no ranks or a rank without CPUs.
+    explicit Team(std::vector<RankPlan> plan, double timeout_seconds = 60);
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    // Every thread of every rank runs the job once; returns when all have. Rethrows the first exception of a job; after
+    // any failure the team is broken and every later call throws StallError. Not to be called by two threads at once.
+    void run(Job job);
+
+    const std::vector<RankPlan>& plan() const { return plan_; }
+    size_t n_ranks() const { return plan_.size(); }
+    // For tests: that thread sleeps before its next job.
+    void stall_next(size_t rank, size_t thread, double seconds);
+
+  private:
+    std::vector<RankPlan> plan_;
+    std::shared_ptr<Worker::State> state_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace fourfold

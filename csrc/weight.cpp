@@ -1,0 +1,80 @@
+#include "weight.h"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace fourfold {
+
+namespace {
+
+size_t units(const std::vector<Range>& ranges, size_t unit) {
+    size_t total = 0;
+    for (const Range& r : ranges) total += (r.end - r.begin + unit - 1) / unit;
+    return total;
+}
+
+void check(const std::vector<Range>& ranges, size_t unit, size_t limit) {
+    for (const Range& r : ranges)
+        if (r.begin % unit || (r.end % unit && r.end != limit) || r.begin >= r.end || r.end > limit)
+            throw std::invalid_argument("a slice must be cut at multiples of " + std::to_string(unit) + " within " +
+                                        std::to_string(limit) + ", not at " + std::to_string(r.begin) + " to " +
+                                        std::to_string(r.end));
+}
+
+}  // namespace
+
+size_t slice_bytes(Format format, const SlicePlan& plan) {
+    const size_t panels = units(plan.outputs, kTileN), tiles = units(plan.inputs, kTileK);
+    return panels * (panel_bytes(format, tiles) + (has_scales(format) ? sizeof(float) : 0));
+}
+
+Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team)
+    : format(format), n(n), k(k) {
+    if (plans.size() != team.n_ranks()) throw std::invalid_argument("one slice for each rank is needed");
+    for (size_t r = 0; r < plans.size(); ++r) {
+        check(plans[r].outputs, kTileN, n);
+        check(plans[r].inputs, kTileK, k);
+        Slice& s = slices_.emplace_back();
+        s.n_panels = units(plans[r].outputs, kTileN);
+        s.k_tiles = units(plans[r].inputs, kTileK);
+        s.plan = std::move(plans[r]);
+        if (s.n_panels == 0 || s.k_tiles == 0) s.n_panels = s.k_tiles = 0;
+        s.panels = NodeMemory(s.n_panels * panel_bytes(format, s.k_tiles), team.plan()[r].node);
+        if (has_scales(format)) s.scales = NodeMemory(s.n_panels * sizeof(float), team.plan()[r].node);
+    }
+}
+
+bool Weight::inputs_are_cut() const {
+    for (const Slice& s : slices_)
+        if (units(s.plan.inputs, kTileK) < tiles_of(k)) return true;
+    return false;
+}
+
+void Weight::load(const Worker& worker, const uint8_t* panels, const float* scales) {
+    Slice& s = slices_[worker.rank];
+    const size_t all_tiles = tiles_of(k), from_bytes = panel_bytes(format, all_tiles);
+    const size_t to_bytes = panel_bytes(format, s.k_tiles);
+    const bool whole_rows = s.k_tiles == all_tiles;
+    const auto [begin, end] = worker.share(s.n_panels);
+    size_t local = 0;
+    for (const Range& rows : s.plan.outputs)
+        for (size_t p = rows.begin / kTileN; p * kTileN < rows.end; ++p, ++local) {
+            if (local < begin || local >= end) continue;
+            const uint8_t* from = panels + p * from_bytes;
+            uint8_t* to = s.panels.as() + local * to_bytes;
+            if (scales) s.scales.as<float>()[local] = scales[p];
+            if (whole_rows) {
+                std::memcpy(to, from, to_bytes);
+                continue;
+            }
+            size_t t = 0;
+            for (const Range& inputs : s.plan.inputs)
+                for (size_t source = inputs.begin / kTileK; source * kTileK < inputs.end; ++source, ++t) {
+                    std::memcpy(to + scale_offset(format, t), from + scale_offset(format, source), scale_bytes(format));
+                    std::memcpy(to + code_offset(format, t, s.k_tiles), from + code_offset(format, source, all_tiles),
+                                code_bytes(format));
+                }
+        }
+}
+
+}  // namespace fourfold

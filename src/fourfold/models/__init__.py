@@ -17,7 +17,7 @@ def architecture(model_type: str) -> Architecture:
     """The description of a model type. Raises UnsupportedError for an unknown one."""
     if model_type not in MODEL_TYPES:
         raise UnsupportedError(f"architecture {model_type!r} is not supported; fourfold runs {', '.join(MODEL_TYPES)}")
-    module: Architecture = import_module(f"fourfold.models.{model_type}")  # type: ignore[assignment]
+    module: Architecture = import_module(f"fourfold.models.{model_type}")
     return module
 
 

@@ -1,0 +1,276 @@
+"""One loaded model and its step: the only place where policy meets arithmetic. Knows ids, not text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fourfold._core as _core
+from fourfold import models
+from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.config import KVFormat, ModelConfig, RopeAngles
+from fourfold.errors import ResourceError, RuntimeFailure, UserError
+from fourfold.kvcache import PagePool, Sequence
+from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers
+from fourfold.rotary import rotary_tables
+
+MAX_STEP_TOKENS = 512  # rows a step: longer prompts are fed in pieces
+MAX_SEQUENCES = 4  # under way at a time
+DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
+KV_BYTES = {"bf16": 2.0, "int8": 1.0 + 4 / 64, "f32": 4.0}  # an element, int8's scales counted at heads of 64
+
+Vector = NDArray[np.float32]
+
+
+class Engine:
+    """A fourfold directory in memory, cut over ranks, ready to step.
+
+    Raises ResourceError before loading where memory would not suffice, UnsupportedError where the model cannot be cut.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        ranks: int | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        kv: str | None = None,
+        rope_angles: str | None = None,
+        kernel: str = "",
+        timeout_seconds: float = 60.0,
+    ) -> None:
+        stored = open_directory(directory)
+        self.config: ModelConfig = stored.config
+        self.format = stored.format
+        self.kv = cast(KVFormat, kv or ("f32" if stored.format == "f32" else "bf16"))
+        self.context = _context(self.config, context)
+        self.isa = choose_isa()
+        machine = read_machine()
+        self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
+        builder = ProgramBuilder(self.config, len(self.plan))
+        models.architecture(self.config.model_type).describe(self.config, builder)
+        self._pool = PagePool(MAX_SEQUENCES * -(-self.context // _core.PAGE), MAX_SEQUENCES, _core.PAGE)
+        self.weight_bytes = _slices_bytes(stored, builder)
+        _check_memory(self.weight_bytes, self._kv_bytes_per_token() * self.context, machine.available_bytes)
+
+        nodes = len({rank.node for rank in self.plan})
+        self._team = _core.Team([(r.node if nodes > 1 else -1, r.cpus) for r in self.plan], timeout_seconds)
+        self._program = _core.make_program(
+            self._team,
+            max_tokens=MAX_STEP_TOKENS,
+            n_slots=MAX_SEQUENCES,
+            context=self.context,
+            n_pages=MAX_SEQUENCES * -(-self.context // _core.PAGE),
+            head_dim=self.config.head_dim,
+            kv=self.kv,
+            isa=self.isa,
+            kernel=kernel,
+        )
+        angles = cast(RopeAngles, rope_angles or "f32")
+        self._program.set_rope(*rotary_tables(self.config, self.context, angles))
+        _Assembly(self._program, self._team, builder, stored).run()
+        self._program.finish()
+        self._logits_width = -(-self.config.vocab_size // 16) * 16
+
+    def new_sequence(self) -> Sequence:
+        """An empty text. Raises ResourceError where too many are under way."""
+        return self._pool.new_sequence()
+
+    def free(self, sequence: Sequence) -> None:
+        """Give a sequence's pages back; a second time does nothing."""
+        self._pool.free(sequence)
+
+    def extend(self, sequence: Sequence, ids: Ids[int]) -> Vector:
+        """Feeds ids and returns the logits after the last of them, float32 (vocab,)."""
+        last: Vector = self._feed(sequence, ids, every=False)[-1]
+        return last
+
+    def logits(self, ids: Ids[int]) -> Vector:
+        """Logits after each id of a text of its own, float32 (T, vocab)."""
+        sequence = self.new_sequence()
+        try:
+            return self._feed(sequence, ids, every=True)
+        finally:
+            self.free(sequence)
+
+    def _feed(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
+        """Logits of every id, or of the last alone."""
+        tokens = np.asarray(ids, np.int32)
+        if sequence.length + len(tokens) > self.context:
+            raise UserError(
+                f"{sequence.length + len(tokens)} tokens do not fit the context of {self.context}: "
+                "shorten the text or ask for a larger context"
+            )
+        if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise UserError(f"ids must be at least one, and all from 0 to {self.config.vocab_size - 1}")
+        self._pool.reserve(sequence, sequence.length + len(tokens))
+        pages = np.asarray([sequence.pages], np.int32)
+        pieces = []
+        for begin in range(0, len(tokens), MAX_STEP_TOKENS):
+            piece = tokens[begin : begin + MAX_STEP_TOKENS]
+            last = begin + len(piece) == len(tokens)
+            wanted = np.arange(len(piece)) if every else np.arange(len(piece) - last, len(piece))
+            out = np.empty((len(wanted), self._logits_width), np.float32)
+            rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
+            try:
+                self._program.step(piece, rows, pages, wanted.astype(np.int32), out)
+            except _core.StallError as error:
+                raise RuntimeFailure(str(error)) from None
+            sequence.length += len(piece)
+            pieces.append(out[:, : self.config.vocab_size])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs and how, JSON-ready."""
+        return {
+            "model_type": self.config.model_type,
+            "format": self.format,
+            "kv": self.kv,
+            "isa": self.isa,
+            "ranks": len(self.plan),
+            "threads": sum(len(r.cpus) for r in self.plan),
+            "context": self.context,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes_per_token": self._kv_bytes_per_token(),
+            "bytes_per_token": self.bytes_per_token(),
+            "kernels_decode": self._program.kernels(1),
+            "kernels_prefill": self._program.kernels(MAX_STEP_TOKENS),
+        }
+
+    def bytes_per_token(self, position: int = 0) -> int:
+        """Bytes that one decoding step must read: every weight once (an untied embedding not), and the KV cache."""
+        return self._read_bytes + self._kv_bytes_per_token() * position
+
+    def check_integrity(self) -> None:
+        """No page or slot is lost. Raises AssertionError otherwise."""
+        self._pool.check_integrity()
+
+    def close(self) -> None:
+        """Threads end and memory goes back; the engine is of no use afterwards."""
+        self.__dict__.pop("_program", None)
+        self.__dict__.pop("_team", None)
+
+    def _kv_bytes_per_token(self) -> int:
+        c = self.config
+        return int(2 * c.n_layers * c.n_kv_heads * c.head_dim * KV_BYTES[self.kv])
+
+    @property
+    def _read_bytes(self) -> int:
+        return self.weight_bytes if self.config.tie_embeddings else self.weight_bytes - self._embed_bytes
+
+    @property
+    def _embed_bytes(self) -> int:
+        return int(_core.slice_bytes(self.format, [(0, self.config.vocab_size)], [(0, self.config.dim)]))
+
+
+class _Assembly:
+    """Turns a builder's ops into the native program's, creating and loading each weight once."""
+
+    def __init__(self, program: Any, team: Any, builder: ProgramBuilder, stored: FourfoldDirectory) -> None:
+        self._program, self._team, self._builder, self._stored = program, team, builder, stored
+        self._n_ranks = builder.n_ranks
+        self._place, buffers = assign_buffers(builder.ops, builder.activations)
+        self._buffers = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
+        self._weights: dict[str, int] = {}
+        self._file = np.memmap(stored.weights_path, np.uint8, "r")
+
+    def run(self) -> None:
+        for op in self._builder.ops:
+            getattr(self, f"_{op.kind}")(op)
+
+    def _buffer(self, op: Op, i: int, *, write: bool = False) -> int:
+        activation = (op.writes if write else op.reads)[i]
+        return self._buffers[self._place[activation.index]]
+
+    def _weight(self, name: str, outputs: Cut, inputs: Cut) -> int:
+        if name not in self._weights:
+            w = self._stored.weights[name]
+            plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
+            native = _core.make_weight(w.format, *w.shape, plans, self._team)
+            panels = self._file[w.data_offset : w.data_offset + w.data_bytes].reshape(-(-w.shape[0] // 16), -1)
+            scales = None
+            if w.scale_offset is not None:
+                raw = self._file[w.scale_offset : w.scale_offset + 4 * len(panels)]
+                scales = np.frombuffer(raw.tobytes(), np.float32)
+            native.load(self._team, panels, scales)
+            self._weights[name] = self._program.add_weight(native)
+        return self._weights[name]
+
+    def _vectors(self, entry: tuple[str, Cut] | None) -> list[Vector]:
+        """Each rank's part of a vector, or nothing."""
+        if entry is None:
+            return []
+        name, cut = entry
+        values = self._stored.vectors[name]
+        empty = [np.empty(0, np.float32)]
+        return [np.concatenate(empty + [values[a:b] for a, b in rank]) for rank in cut.ranges]
+
+    def _embed(self, op: Op) -> None:
+        self._program.add_embed(self._weight(*op.weights[0]), self._buffer(op, 0, write=True))
+
+    def _norm(self, op: Op) -> None:
+        eps = self._builder.config.norm_eps
+        self._program.add_norm(self._buffer(op, 0), self._vectors(op.vectors[0]), eps, self._buffer(op, 0, write=True))
+
+    def _linear(self, op: Op) -> None:
+        outs = [self._buffer(op, i, write=True) for i in range(len(op.writes))] or [_core.Program.LOGITS]
+        parts = [
+            (self._weight(*weight), out, self._vectors(bias))
+            for weight, out, bias in zip(op.weights, outs, op.vectors, strict=True)
+        ]
+        self._program.add_linear(self._buffer(op, 0), parts)
+
+    def _reduce(self, op: Op) -> None:
+        partial, base = self._buffer(op, 0), self._buffer(op, 1)
+        self._program.add_reduce(partial, base, self._vectors(op.vectors[0]), self._buffer(op, 0, write=True))
+
+    def _cache(self, op: Op) -> None:
+        self._program.add_cache(op.layer, *(self._buffer(op, i) for i in range(3)))
+
+    def _attend(self, op: Op) -> None:
+        heads = self._builder.kv_of_head()
+        self._program.add_attend(op.layer, self._buffer(op, 0), heads, self._buffer(op, 0, write=True))
+
+    def _gated(self, op: Op) -> None:
+        self._program.add_gated(self._buffer(op, 0), self._buffer(op, 1), self._buffer(op, 0, write=True))
+
+    def _with_previous(self, op: Op) -> None:
+        self._program.add_with_previous(self._buffer(op, 0), self._buffer(op, 0, write=True))
+
+    def _select(self, op: Op) -> None:
+        self._program.add_select(self._buffer(op, 0), self._buffer(op, 0, write=True))
+
+
+def _context(config: ModelConfig, asked: int | None) -> int:
+    if asked is None:
+        return min(config.max_context, DEFAULT_CONTEXT)
+    if not 1 <= asked <= config.max_context:
+        raise UserError(
+            f"a context of {asked} is not possible: the model was trained for 1 to {config.max_context} positions"
+        )
+    return asked
+
+
+def _slices_bytes(stored: FourfoldDirectory, builder: ProgramBuilder) -> int:
+    """Bytes of all ranks' slices, what two ranks hold counted twice."""
+    cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
+    return sum(
+        _core.slice_bytes(stored.weights[name].format, list(rows), list(columns))
+        for name, (outputs, inputs) in cuts.items()
+        for rows, columns in zip(outputs.ranges, inputs.ranges, strict=True)
+    )
+
+
+def _check_memory(weights: int, kv: int, available: int) -> None:
+    needed = weights + kv
+    if needed > available:
+        raise ResourceError(
+            f"the model needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of weights, {kv / 1e9:.1f} of KV cache) "
+            f"and {available / 1e9:.1f} GB are free: use a smaller context, a smaller format, or more memory"
+        )

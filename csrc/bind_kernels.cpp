@@ -52,10 +52,12 @@ void linear(const std::string& name, const std::string& isa, Array<const uint8_t
     const LinearKernel* kernel = find_linear(name);
     if (!kernel) throw std::invalid_argument("there is no kernel named " + name);
     const size_t m = x.shape(0), k = x.shape(1), k_tiles = tiles_of(k);
-    if (panels.shape(1) != panel_bytes(kernel->format, k_tiles) || y.shape(0) != m || y.shape(1) != panels.shape(0) * kTileN ||
-        has_scales(kernel->format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
+    if (panels.shape(1) != panel_bytes(kernel->format, k_tiles) || y.shape(0) != m ||
+        y.shape(1) != panels.shape(0) * kTileN || has_scales(kernel->format) != scales.has_value() ||
+        (scales && scales->shape(0) != panels.shape(0)))
         throw std::invalid_argument("linear: the arrays' shapes do not agree");
-    const NodeMemory packed(packed_bytes(kernel->activation, m, k_tiles), kAnyNode), scratch(kLinearScratchBytes, kAnyNode);
+    const NodeMemory packed(packed_bytes(kernel->activation, m, k_tiles), kAnyNode),
+        scratch(kLinearScratchBytes, kAnyNode);
     const size_t padded = kernel->activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
     rows_named(isa).pack(kernel->activation, x.data(), k, m, k, k_tiles, 0, padded, 0, k_tiles, packed.as());
     kernel->run({panels.data(), scales ? scales->data() : nullptr, panels.shape(0), k_tiles, packed.as(), m, y.data(),
@@ -79,8 +81,8 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     std::vector<int32_t> order;
     for (size_t i = 0; i < n_pages; ++i) order.push_back(static_cast<int32_t>(n_pages - 1 - i));
     for (size_t p = 0; p < t; ++p)
-        rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d, keys.data() + p * d,
-                      values.data() + p * d);
+        rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d,
+                      keys.data() + p * d, values.data() + p * d);
     AttendArgs args{};
     args.n_queries = q.shape(0);
     for (size_t i = 0; i < q.shape(0); ++i) {
@@ -128,8 +130,8 @@ void bind_kernels(nb::module_& m) {
            std::optional<Array<const float, 1>> bias, Array<float, 1> y) {
             std::vector<const float*> rows;
             for (size_t i = 0; i < parts.shape(0); ++i) rows.push_back(parts.data() + i * parts.shape(1));
-            rows_named(isa).add_parts(base.data(), rows.data(), rows.size(), bias ? bias->data() : nullptr, base.shape(0),
-                                      y.data());
+            rows_named(isa).add_parts(base.data(), rows.data(), rows.size(), bias ? bias->data() : nullptr,
+                                      base.shape(0), y.data());
         },
         "isa"_a, "base"_a, "parts"_a, "bias"_a.none(), "y"_a.noconvert());
 }

@@ -121,7 +121,8 @@ void bind_program(nb::module_& m) {
         .def(
             "set_rope",
             [](Program& p, Array<const float, 2> cosines, Array<const float, 2> sines) {
-                p.set_rope({cosines.data(), cosines.data() + cosines.size()}, {sines.data(), sines.data() + sines.size()});
+                p.set_rope({cosines.data(), cosines.data() + cosines.size()},
+                           {sines.data(), sines.data() + sines.size()});
             },
             "cosines"_a, "sines"_a)
         .def("add_embed", &Program::add_embed, "weight"_a, "dst"_a)
@@ -158,10 +159,11 @@ void bind_program(nb::module_& m) {
         .def_ro_static("LOGITS", &Program::kLogits);
     m.def(
         "make_program",
-        [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages, size_t head_dim,
-           const std::string& kv, const std::string& isa, const std::string& kernel) {
-            return std::make_shared<Program>(std::move(team), ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim,
-                                                                             kv_named(kv), isa_named(isa), kernel});
+        [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages,
+           size_t head_dim, const std::string& kv, const std::string& isa, const std::string& kernel) {
+            return std::make_shared<Program>(
+                std::move(team),
+                ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim, kv_named(kv), isa_named(isa), kernel});
         },
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");

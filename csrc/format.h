@@ -1,4 +1,5 @@
-// The tile format: how a weight matrix lies in memory and on disk. docs/format.md is the specification; this is its code.
+// The tile format: how a weight matrix lies in memory and on disk. docs/format.md is the specification; this is its
+// code.
 //
 //   matrix (N, K)  = panels of 16 outputs, one after another
 //   panel          = groups of up to 4 tiles (256 inputs)
@@ -55,7 +56,8 @@ constexpr size_t nibble_byte(size_t n, size_t k) { return k / 8 * 64 + n * 4 + k
 constexpr bool nibble_is_high(size_t k) { return k % 8 >= 4; }
 // Within an int8 tile: the byte of (n, k).
 constexpr size_t int8_byte(size_t n, size_t k) { return k / 4 * 64 + n * 4 + k % 4; }
-// Within a group of 8 inputs, the order in which 16-bit formats and activations hold them: pairs (0,2) (4,6) (1,3) (5,7).
+// Within a group of 8 inputs, the order in which 16-bit formats and activations hold them: pairs (0,2) (4,6) (1,3)
+// (5,7).
 constexpr std::array<uint8_t, 8> kPairOrder = {0, 2, 4, 6, 1, 3, 5, 7};
 constexpr std::array<uint8_t, 8> kPairPlace = {0, 4, 1, 5, 2, 6, 3, 7};  // its inverse
 // Within a bf16 tile: the 16-bit word of (n, k).
@@ -69,8 +71,8 @@ using Codebook = std::array<float, 16>;
 constexpr std::array<Codebook, 3> kCodebooks = {
     Codebook{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
              -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-             0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-             0.7229568362236023f, 1.0f},
+             0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
+             1.0f},
     Codebook{-1.0f, -0.875f, -0.75f, -0.625f, -0.5f, -0.375f, -0.25f, -0.125f, 0.0f, 0.125f, 0.25f, 0.375f, 0.5f,
              0.625f, 0.75f, 0.875f},
     Codebook{0.0f, 0.5f / 6, 1.0f / 6, 1.5f / 6, 2.0f / 6, 3.0f / 6, 4.0f / 6, 1.0f, -0.0f, -0.5f / 6, -1.0f / 6,
@@ -78,7 +80,8 @@ constexpr std::array<Codebook, 3> kCodebooks = {
 };
 constexpr const Codebook& codebook(Format f) { return kCodebooks[static_cast<size_t>(f)]; }
 
-// FP8 E4M3 (fn): the 7 magnitude bits are those of a float32 whose exponent is 120 too small. Exact, subnormals included.
+// FP8 E4M3 (fn): the 7 magnitude bits are those of a float32 whose exponent is 120 too small. Exact, subnormals
+// included.
 inline float e4m3(uint8_t byte) {
     const float magnitude = std::bit_cast<float>(static_cast<uint32_t>(byte & 0x7F) << 20) * 0x1p120f;
     return byte & 0x80 ? -magnitude : magnitude;

@@ -27,8 +27,8 @@ uint64_t saved_states() {
 // Linux gives the 8 KB of tile state to processes that ask, since 5.16; the answer holds for every thread, those to
 // come too.
 bool ask_for_tiles() {
-    constexpr int kArchReqXcompPerm = 0x1023;  // arch/x86/include/uapi/asm/prctl.h
-    constexpr int kXfeatureTileData = 18;
+    constexpr long kArchReqXcompPerm = 0x1023;  // arch/x86/include/uapi/asm/prctl.h
+    constexpr long kXfeatureTileData = 18;
     return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
 }
 

@@ -19,12 +19,17 @@ NodeMemory::NodeMemory(size_t bytes, int node) {
     // Whole huge pages for what fills at least one, so that the tail is huge too.
     const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
     bytes_ = (bytes + unit - 1) / unit * unit;
-    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // A huge page must begin at a multiple of its size: map one more, and give back what lies before and behind.
+    const size_t mapped = unit == kHugePage ? bytes_ + kHugePage : bytes_;
+    void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
         bytes_ = 0;
         throw std::bad_alloc();
     }
-    data_ = static_cast<uint8_t*>(p);
+    const auto start = reinterpret_cast<uintptr_t>(p), aligned = (start + unit - 1) / unit * unit;
+    data_ = reinterpret_cast<uint8_t*>(aligned);
+    if (aligned > start) munmap(p, aligned - start);
+    if (const size_t behind = mapped - bytes_ - (aligned - start)) munmap(data_ + bytes_, behind);
     if (unit == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
     if (node != kAnyNode) {
         constexpr size_t kBits = 8 * sizeof(unsigned long);

@@ -13,7 +13,8 @@ class NodeMemory {
   public:
     NodeMemory() = default;
     // Throws std::bad_alloc where the kernel refuses. node is the kernel's number, or kAnyNode. Where binding is not
-    // permitted (containers without the privilege) the pages fall where they are first touched: by the node's own threads.
+    // permitted (containers without the privilege) the pages fall where they are first touched: by the node's own
+    // threads.
     NodeMemory(size_t bytes, int node);
     NodeMemory(NodeMemory&& other) noexcept { *this = std::move(other); }
     NodeMemory& operator=(NodeMemory&& other) noexcept {

@@ -58,7 +58,8 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const auto [t0, t1] = rows == 1 ? worker.share(k_tiles) : std::pair<size_t, size_t>{0, k_tiles};
     const auto [m0, m1] = rows == 1 ? std::pair<size_t, size_t>{0, 1} : worker.share(rows);
     if (k_tiles)
-        Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1, packed);
+        Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1,
+                          packed);
     worker.barrier();
 
     const auto [begin, end] = worker.share(n_panels);
@@ -78,8 +79,9 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
         const size_t e = std::clamp(end, before, before + s.n_panels) - before;
         before += s.n_panels;
         if (b == e) continue;
-        kernel.run({s.panels.as() + b * panel_bytes(w.format, s.k_tiles), has_scales(w.format) ? s.scales.as<float>() + b : nullptr,
-                    e - b, s.k_tiles, packed, m, y + b * kTileN, y_stride, Ops::scratch(p, worker)});
+        kernel.run({s.panels.as() + b * panel_bytes(w.format, s.k_tiles),
+                    has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed, m,
+                    y + b * kTileN, y_stride, Ops::scratch(p, worker)});
         if (!part.bias.empty()) {
             const float* bias = part.bias[r].data();
             const size_t stop = std::min(e * kTileN, part.bias[r].size());

@@ -42,8 +42,8 @@ AttendOp::AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, i
     }
 }
 
-// Items are (rows of a sequence, query heads that share a KV head). Threads take them in turn, so that the later rows of a
-// prompt, which see more, spread evenly; where there are few, every query head is an item of its own.
+// Items are (rows of a sequence, query heads that share a KV head). Threads take them in turn, so that the later rows
+// of a prompt, which see more, spread evenly; where there are few, every query head is an item of its own.
 void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t r = worker.rank, d = Ops::options(p).head_dim;
     const Buffer &queries = Ops::buffer(p, q), &to = Ops::buffer(p, dst);

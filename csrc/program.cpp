@@ -47,7 +47,8 @@ int Program::add_weight(std::shared_ptr<Weight> weight) {
     for (size_t r = 0; r < team_->n_ranks(); ++r)
         for (const LinearKernel& k : linear_kernels())
             if (k.format == weight->format)
-                packed_bytes_ = std::max(packed_bytes_, packed_bytes(k.activation, options_.max_tokens, weight->slice(r).k_tiles));
+                packed_bytes_ =
+                    std::max(packed_bytes_, packed_bytes(k.activation, options_.max_tokens, weight->slice(r).k_tiles));
     weights_.push_back(std::move(weight));
     return static_cast<int>(weights_.size()) - 1;
 }
@@ -95,7 +96,8 @@ void Program::add_gated(int gate, int up, int dst) { ops_.push_back(std::make_un
 void Program::add_with_previous(int src, int dst) {
     std::vector<NodeMemory> state;
     for (size_t r = 0; r < team_->n_ranks(); ++r)
-        state.emplace_back(options_.n_slots * buffers_[static_cast<size_t>(src)].width[r] * sizeof(float), team_->plan()[r].node);
+        state.emplace_back(options_.n_slots * buffers_[static_cast<size_t>(src)].width[r] * sizeof(float),
+                           team_->plan()[r].node);
     ops_.push_back(std::make_unique<WithPreviousOp>(src, dst, std::move(state)));
 }
 
@@ -104,7 +106,8 @@ void Program::add_select(int src, int dst) { ops_.push_back(std::make_unique<Sel
 void Program::finish() {
     size_t widest = 0;
     for (const auto& w : weights_) widest = std::max(widest, tiles_of(w->k) * kTileK * sizeof(float));
-    const size_t scratch = std::max({kLinearScratchBytes, attend_scratch_floats(options_.head_dim) * sizeof(float), widest});
+    const size_t scratch =
+        std::max({kLinearScratchBytes, attend_scratch_floats(options_.head_dim) * sizeof(float), widest});
     const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
@@ -125,8 +128,8 @@ void Program::step(const Step& given) {
             row_position_[static_cast<size_t>(s.row_begin + row)] = s.start + row;
         }
         for (size_t row = 0; row < static_cast<size_t>(s.n_rows); row += kBlockRows)
-            blocks_.push_back({i, static_cast<size_t>(s.row_begin) + row,
-                               std::min(kBlockRows, static_cast<size_t>(s.n_rows) - row)});
+            blocks_.push_back(
+                {i, static_cast<size_t>(s.row_begin) + row, std::min(kBlockRows, static_cast<size_t>(s.n_rows) - row)});
     }
     step.row_sequence = {row_sequence_.data(), step.n_tokens()};
     step.row_position = {row_position_.data(), step.n_tokens()};

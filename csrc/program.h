@@ -1,8 +1,8 @@
 // A model as a short list of ops over named activations and weights, walked by every thread of every rank in lock-step.
 //
-// Built once (the add_* calls, in order), then run with step(): one call a step, nothing allocated in it. Activations are
-// float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and `embed`.
-// Rows are tokens, of any mix of sequences, never padded.
+// Built once (the add_* calls, in order), then run with step(): one call a step, nothing allocated in it. Activations
+// are float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and
+// `embed`. Rows are tokens, of any mix of sequences, never padded.
 #pragma once
 #include <map>
 #include <memory>
@@ -92,7 +92,8 @@ class Program : public std::enable_shared_from_this<Program> {
     void add_reduce(int partial, int base, Vectors bias, int dst);
     // Rotates q and k by their positions; writes k and v to the layer's cache.
     void add_cache(int layer, int q, int k, int v);
-    // dst = softmax attention of q over the layer's cache. Query head h of a rank reads its KV head kv_of_head[rank][h].
+    // dst = softmax attention of q over the layer's cache. Query head h of a rank reads its KV head
+    // kv_of_head[rank][h].
     void add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
     void add_gated(int gate, int up, int dst);  // silu(gate) * up
     // dst = [src of the token before | src]; the first token of a sequence has zeros before it.
@@ -109,7 +110,7 @@ class Program : public std::enable_shared_from_this<Program> {
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
 
-    struct Cache {  // of one layer
+    struct Cache {                      // of one layer
         std::vector<NodeMemory> pages;  // per rank: (n_pages, its KV heads, KvPage::bytes)
         std::vector<size_t> n_heads;
     };

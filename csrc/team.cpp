@@ -70,8 +70,8 @@ struct Worker::State {
 namespace {
 std::string late(size_t rank, size_t thread, double seconds) {
     char text[160];
-    std::snprintf(text, sizeof text, "rank %zu, thread %zu did not arrive within %.3g s; the step was given up", rank, thread,
-                  seconds);
+    std::snprintf(text, sizeof text, "rank %zu, thread %zu did not arrive within %.3g s; the step was given up", rank,
+                  thread, seconds);
     return text;
 }
 }  // namespace
@@ -103,7 +103,8 @@ void Worker::barrier_all() {
     if (thread == 0 && n_ranks > 1) {
         if (rank == 0) {
             for (size_t r = 1; r < n_ranks; ++r)
-                state_.wait(state_.rank_arrived[r], epoch_all_, 1.5, [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
+                state_.wait(state_.rank_arrived[r], epoch_all_, 1.5,
+                            [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
             state_.all_released.value.store(epoch_all_, std::memory_order_release);
         } else {
             state_.rank_arrived[rank].value.store(epoch_all_, std::memory_order_release);

@@ -3,8 +3,8 @@
 //   rank     one tensor-parallel slice: threads on the cores of one NUMA node (or virtual: any cores)
 //   barrier  all threads of a rank;  barrier_all: all threads of all ranks
 //
-// Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in StallError, and the
-// team is broken from then on. Between jobs threads spin for a moment, then sleep: an idle team uses no CPU.
+// Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in StallError, and
+// the team is broken from then on. Between jobs threads spin for a moment, then sleep: an idle team uses no CPU.
 #pragma once
 #include <atomic>
 #include <chrono>

@@ -24,7 +24,8 @@ size_t slice_bytes(Format format, const SlicePlan& plan);
 
 class Weight {
   public:
-    // Reserves each rank's slice on its node. Throws std::invalid_argument for ranges off the tile grid or out of bounds.
+    // Reserves each rank's slice on its node. Throws std::invalid_argument for ranges off the tile grid or out of
+    // bounds.
     Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team);
 
     Weight(const Weight&) = delete;

@@ -1,6 +1,7 @@
 // Softmax attention over KV pages, against the dialect.
 //
-//   scores[i][p] = scale * q[i] . key[p],   out[i] = sum over p of softmax(scores[i])[p] * value[p],   p < n_positions[i]
+//   scores[i][p] = scale * q[i] . key[p],   out[i] = sum over p of softmax(scores[i])[p] * value[p],   p <
+//   n_positions[i]
 //
 //   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867)
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
@@ -16,7 +17,8 @@ inline Vec load_kv(const uint8_t* p, size_t i) {
     return load_int8(reinterpret_cast<const int8_t*>(p) + i);
 }
 
-// Dot products of N rows `a` (of `depth` floats, a_step apart) with columns [c0, c0 + 2 kLanes) of a (depth, width) matrix.
+// Dot products of N rows `a` (of `depth` floats, a_step apart) with columns [c0, c0 + 2 kLanes) of a (depth, width)
+// matrix.
 template <KvFormat F, size_t N>
 inline void times_page(const float* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
                        Vec (&sums)[N][2]) {
@@ -32,8 +34,8 @@ inline void times_page(const float* const* a, size_t depth, const uint8_t* matri
 
 // One page for N queries: scores, softmax update, values.
 template <KvFormat F, size_t N>
-inline void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, size_t position, float* sums, float* scores,
-                        float* highest, float* weight) {
+inline void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, size_t position, float* sums,
+                        float* scores, float* highest, float* weight) {
     const size_t dp = KvPage::padded(a.d);
     const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
     const float* const* q = a.q + first;
@@ -115,8 +117,8 @@ void attend_group(const AttendArgs& a, size_t first) {
     }
     std::memset(sums, 0, N * dp * sizeof(float));
     for (size_t position = 0; position < last; position += kPage)
-        attend_page<F, N>(a, first, a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride, position,
-                          sums, scores, highest, weight);
+        attend_page<F, N>(a, first, a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride,
+                          position, sums, scores, highest, weight);
     for (size_t i = 0; i < N; ++i)
         for (size_t d = 0; d < a.d; ++d) a.out[first + i][d] = sums[i * dp + d] / weight[i];
 }
@@ -153,7 +155,8 @@ void kv_store(KvFormat format, uint8_t* page, size_t slot, size_t d, const float
         for (size_t i = 0; i < d; ++i)
             page[i * kPage + slot] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(k[i] * k_inverse)));
         for (size_t i = 0; i < dp; ++i)
-            values[slot * dp + i] = i < d ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(v[i] * v_inverse))) : 0;
+            values[slot * dp + i] =
+                i < d ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(v[i] * v_inverse))) : 0;
     } else if (format == KvFormat::bf16) {
         auto* keys = reinterpret_cast<uint16_t*>(page);
         auto* rows = reinterpret_cast<uint16_t*>(values);

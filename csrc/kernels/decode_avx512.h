@@ -18,7 +18,9 @@ inline __m512 tile_scales(const uint8_t* bytes, __m512 panel_scale_2_120) {
     const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(b, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000)));
     return _mm512_mul_ps(panel_scale_2_120, _mm512_castsi512_ps(bits));
 }
-inline __m512 scale_unit(float panel_scale) { return _mm512_mul_ps(_mm512_set1_ps(panel_scale), _mm512_set1_ps(0x1p120f)); }
+inline __m512 scale_unit(float panel_scale) {
+    return _mm512_mul_ps(_mm512_set1_ps(panel_scale), _mm512_set1_ps(0x1p120f));
+}
 
 // The inputs of a 32-bit lane of 4-bit codes, lowest nibble first, within their group of 8.
 constexpr size_t kNibbleInput[8] = {0, 4, 1, 5, 2, 6, 3, 7};
@@ -41,8 +43,8 @@ inline __m512 bf16_odd(__m512i pairs) {
 
 // Lane n of the result is the bfloat16 pair (even[n], odd[n]), each rounded to nearest even.
 inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // even in the low half
     return _mm512_permutexvar_epi16(interleave, halves);
 }

@@ -49,7 +49,7 @@ struct LinearArgs {
     const uint8_t* x;  // packed activations, 64-byte aligned
     size_t m;          // rows, >= 1
     float* y;
-    size_t y_stride;  // floats
+    size_t y_stride;   // floats
     uint8_t* scratch;  // kLinearScratchBytes, 64-byte aligned, this thread's own
 };
 constexpr size_t kLinearScratchBytes = 128 * 1024;
@@ -122,14 +122,15 @@ struct RowKernels {
     // y = silu(a) * b.
     void (*silu_mul)(const float* a, const float* b, size_t n, float* y);
     // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right.
-    void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n, float* y);
+    void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n,
+                      float* y);
     void (*attend)(const AttendArgs&);
     // Writes one position of one KV head: k and v are (D) float32.
     void (*kv_store)(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v);
     // Packs tiles [t0, t1) of rows [m0, m1) of x (rows x_stride floats apart, K = k valid columns) for linear kernels.
     // m0 and m1 may run to M rounded up to 16 for bf16, whose rows from M on are written as zeros.
-    void (*pack)(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1,
-                 size_t t0, size_t t1, uint8_t* out);
+    void (*pack)(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0,
+                 size_t m1, size_t t0, size_t t1, uint8_t* out);
     // One row of a weight as float32: row n of the matrix whose first panel is given.
     void (*unpack_row)(Format format, const uint8_t* panels, const float* panel_scales, size_t n, size_t k_tiles,
                        float* out);

@@ -15,7 +15,8 @@ struct alignas(64) TileConfig {
     uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static_assert(sizeof(TileConfig) == 64 && offsetof(TileConfig, bytes_per_row) == 16 && offsetof(TileConfig, rows) == 48);
+static_assert(sizeof(TileConfig) == 64 && offsetof(TileConfig, bytes_per_row) == 16 &&
+              offsetof(TileConfig, rows) == 48);
 
 inline void configure_tiles() {
     const TileConfig config;
@@ -50,7 +51,8 @@ constexpr size_t kMany = 17;  // tokens from which a tile of 16 is not mostly pa
 
 template <Format F>
 constexpr LinearKernel row(std::string_view name) {
-    return {name, Isa::amx, F, Activation::bf16, kMany, SIZE_MAX, linear<F>, F == Format::bf16 ? 0 : kBf16, 0, kBf16, 0};
+    return {name, Isa::amx, F, Activation::bf16, kMany, SIZE_MAX, linear<F>, F == Format::bf16 ? 0 : kBf16,
+            0,    kBf16,    0};
 }
 constexpr LinearKernel kRows[] = {
     row<Format::nf4>("linear_nf4_bf16_amx"),   row<Format::int4>("linear_int4_bf16_amx"),

@@ -1,7 +1,8 @@
 // linear, AMX BF16, many tokens; included once over the tile unit and once over its emulation (namespace TILES).
 //
 //   tiles      0-3 sums (2 x 2: 32 tokens x 32 outputs), 4-5 x (16 tokens x 32 inputs), 6-7 w (32 inputs x 16 outputs)
-//   blocks     two panels' codes become bf16 tiles for 512 inputs at a time (32 KB of scratch), and multiply every token
+//   blocks     two panels' codes become bf16 tiles for 512 inputs at a time (32 KB of scratch), and multiply every
+//   token
 //              before the next two: decoding is paid once for all M, the x block (M x 512 bf16) stays in the L2 cache
 //   reuse      each loaded tile takes part in 2 products, so 4 loads for 4 products
 //   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; a block adds 8 tile moves of sums to its 64 products
@@ -80,11 +81,12 @@ void linear(const LinearArgs& a) {
                 for (size_t b = 0; b < 2; ++b) {
                     const size_t row = m + 16 * b;
                     if (row < a.m)
-                        bands[b] = {a.x + row / 16 * band_bytes + t0 * 2 * kTileBytes, a.y + row * a.y_stride, a.y_stride,
-                                    std::min<size_t>(16, a.m - row)};
+                        bands[b] = {a.x + row / 16 * band_bytes + t0 * 2 * kTileBytes, a.y + row * a.y_stride,
+                                    a.y_stride, std::min<size_t>(16, a.m - row)};
                 }
                 const bool both = m + 16 < a.m;
-                const auto block = both ? (two ? multiply<2, 2> : multiply<2, 1>) : (two ? multiply<1, 2> : multiply<1, 1>);
+                const auto block =
+                    both ? (two ? multiply<2, 2> : multiply<2, 1>) : (two ? multiply<1, 2> : multiply<1, 1>);
                 block(bands, w[0], w[1], chunks, p * kTileN, t0 == 0, spill);
             }
         }

@@ -2,8 +2,8 @@
 //
 //   registers  4 rows x 16 outputs of sums (8), the weights of one input (2), one broadcast x
 //   reuse      a decoded tile (4 KB) serves every row of x before the next is decoded
-//   bound      by arithmetic: decoding costs about 3 operations a weight; the machines it is for have no better dot product
-//   accuracy   float32 throughout
+//   bound      by arithmetic: decoding costs about 3 operations a weight; the machines it is for have no better dot
+//   product accuracy   float32 throughout
 #include <immintrin.h>
 
 #include <cstring>
@@ -26,7 +26,8 @@ struct Scales {
     }
     static __m256 decode(const uint8_t* bytes, float panel_scale) {
         const __m256i b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-        const __m256i bits = _mm256_and_si256(_mm256_slli_epi32(b, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000)));
+        const __m256i bits =
+            _mm256_and_si256(_mm256_slli_epi32(b, 20), _mm256_set1_epi32(static_cast<int>(0x87F00000)));
         const __m256 e4m3 = _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p120f));
         return _mm256_mul_ps(_mm256_set1_ps(panel_scale), e4m3);
     }
@@ -46,8 +47,8 @@ void decode_tile(const uint8_t* codes, const uint8_t* scales, float panel_scale,
         for (size_t g = 0; g < 8; ++g)
             for (size_t t = 0; t < 4; ++t)
                 for (size_t half = 0; half < 2; ++half) {
-                    const __m256i v = _mm256_loadu_si256(
-                        reinterpret_cast<const __m256i*>(codes + (g * 4 + t) * 64 + half * 32));
+                    const __m256i v =
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + (g * 4 + t) * 64 + half * 32));
                     float* even = &out.w[g * 8 + kPairOrder[2 * t]][half * 8];
                     float* odd = &out.w[g * 8 + kPairOrder[2 * t + 1]][half * 8];
                     _mm256_store_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)));
@@ -60,8 +61,7 @@ void decode_tile(const uint8_t* codes, const uint8_t* scales, float panel_scale,
             if constexpr (F == Format::int8) {
                 const __m256 step = _mm256_div_ps(scale, _mm256_set1_ps(127.0f));
                 for (size_t q = 0; q < 16; ++q) {
-                    const __m256i v =
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + q * 64 + half * 32));
+                    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + q * 64 + half * 32));
                     for (int byte = 0; byte < 4; ++byte) {
                         const __m256i lane = _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * byte), 24);
                         _mm256_store_ps(&out.w[q * 4 + byte][half * 8], _mm256_mul_ps(step, _mm256_cvtepi32_ps(lane)));
@@ -71,8 +71,7 @@ void decode_tile(const uint8_t* codes, const uint8_t* scales, float panel_scale,
                 const __m256 low = _mm256_loadu_ps(codebook(F).data()), high = _mm256_loadu_ps(codebook(F).data() + 8);
                 constexpr size_t kInput[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // of the nibbles of a lane, lowest first
                 for (size_t g = 0; g < 8; ++g) {
-                    const __m256i v =
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g * 64 + half * 32));
+                    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g * 64 + half * 32));
                     for (int i = 0; i < 8; ++i) {
                         const __m256 w = lookup16(low, high, _mm256_srli_epi32(v, 4 * i));
                         _mm256_store_ps(&out.w[g * 8 + kInput[i]][half * 8], _mm256_mul_ps(scale, w));
@@ -116,7 +115,8 @@ void linear(const LinearArgs& a) {
             const float* x = reinterpret_cast<const float*>(a.x) + t * kTileK;
             float* y = a.y + p * kTileN;
             size_t m = 0;
-            for (; m + 4 <= a.m; m += 4) multiply<4>(tile, x + m * x_stride, x_stride, y + m * a.y_stride, a.y_stride, !t);
+            for (; m + 4 <= a.m; m += 4)
+                multiply<4>(tile, x + m * x_stride, x_stride, y + m * a.y_stride, a.y_stride, !t);
             for (; m < a.m; ++m) multiply<1>(tile, x + m * x_stride, x_stride, y + m * a.y_stride, a.y_stride, !t);
         }
     }

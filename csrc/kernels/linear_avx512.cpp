@@ -1,9 +1,9 @@
 // linear, AVX-512, float32 activations: every format, for few tokens. The more exact kernel of the scaled formats.
 //
 //   lanes      the 16 outputs of a panel
-//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight vector is decoded once for all rows
-//   counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma; the scale once a tile (1,024 weights)
-//   accuracy   float32 throughout
+//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight vector is decoded once for all
+//   rows counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma; the scale once a tile (1,024
+//   weights) accuracy   float32 throughout
 #include "kernels/decode_avx512.h"
 #include "kernels/linear_rows.h"
 
@@ -49,10 +49,12 @@ void linear_rows(const LinearArgs& a, size_t m) {
     constexpr size_t kChains = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
     const size_t x_stride = a.k_tiles * kTileK;
     const float* x = reinterpret_cast<const float*>(a.x) + m * x_stride;
-    const __m512 table = is_4bit(F) ? _mm512_loadu_ps(codebook(is_4bit(F) ? F : Format::nf4).data()) : _mm512_setzero_ps();
+    const __m512 table =
+        is_4bit(F) ? _mm512_loadu_ps(codebook(is_4bit(F) ? F : Format::nf4).data()) : _mm512_setzero_ps();
     for (size_t p = 0; p < a.n_panels; ++p) {
         const uint8_t* panel = a.panels + p * panel_bytes(F, a.k_tiles);
-        const __m512 unit = scale_unit(has_scales(F) ? a.panel_scales[p] * (F == Format::int8 ? 1.0f / 127.0f : 1.0f) : 0);
+        const __m512 unit =
+            scale_unit(has_scales(F) ? a.panel_scales[p] * (F == Format::int8 ? 1.0f / 127.0f : 1.0f) : 0);
         __m512 total[ROWS];
         for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
         for (size_t t = 0; t < a.k_tiles; ++t) {

@@ -1,6 +1,7 @@
 // linear, AVX-512 BF16, many tokens: where there is no AMX, and the table's AVX-512 rows.
 //
-//   blocks     a panel's codes become bf16 tiles for 512 inputs at a time (16 KB of scratch, L1), and multiply every row
+//   blocks     a panel's codes become bf16 tiles for 512 inputs at a time (16 KB of scratch, L1), and multiply every
+//   row
 //              of x before the next: decoding is paid once for all M
 //   registers  16 rows x 16 outputs of sums, one vector of 16 weight pairs; x pairs are broadcast from memory
 //   bound      by vdpbf16ps: 16 a weight vector, one load of weights and 16 broadcasts beside them
@@ -42,8 +43,8 @@ void linear(const LinearArgs& a) {
             const uint8_t* w = panel_to_bf16<F>(a.panels + p * panel_bytes(F, a.k_tiles),
                                                 has_scales(F) ? a.panel_scales[p] : 1.0f, a.k_tiles, t0, t1, a.scratch);
             for (size_t m = 0; m < a.m; m += 16)
-                multiply(a.x + m / 16 * band_bytes + t0 * 2048, w, t1 - t0, a.y + m * a.y_stride + p * kTileN, a.y_stride,
-                         std::min<size_t>(16, a.m - m), t0 == 0);
+                multiply(a.x + m / 16 * band_bytes + t0 * 2048, w, t1 - t0, a.y + m * a.y_stride + p * kTileN,
+                         a.y_stride, std::min<size_t>(16, a.m - m), t0 == 0);
         }
     }
 }
@@ -57,7 +58,8 @@ void linear_i16_avx512(const LinearArgs&);
 
 namespace {
 
-constexpr float kBf16 = 0x1p-8f;  // half a unit in the last place of 8 significant bits, relative, twice for double rounding
+constexpr float kBf16 =
+    0x1p-8f;  // half a unit in the last place of 8 significant bits, relative, twice for double rounding
 
 template <Format F>
 constexpr LinearKernel f32_row(std::string_view name, size_t m_max) {

@@ -84,8 +84,8 @@ inline void pack_i16(const float (&x)[kTileK], uint8_t* codes, float* scale, int
     *offset = -128 * total;
 }
 
-void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1, size_t t0,
-          size_t t1, uint8_t* out) {
+void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1,
+          size_t t0, size_t t1, uint8_t* out) {
     for (size_t row = m0; row < m1; ++row)
         for (size_t t = t0; t < t1; ++t) {
             alignas(64) float tile[kTileK];

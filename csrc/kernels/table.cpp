@@ -1,8 +1,8 @@
 // The kernel table: every row, and how one is chosen.
-#include "kernels/linear_rows.h"
-
 #include <algorithm>
 #include <vector>
+
+#include "kernels/linear_rows.h"
 
 namespace fourfold {
 

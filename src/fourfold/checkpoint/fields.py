@@ -1,0 +1,163 @@
+"""Untrusted keys and values, read by type: what is wrong, unknown or unsupported is refused by its name."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from fourfold.config import ModelConfig
+from fourfold.errors import CheckpointError, UnsupportedError
+
+T = TypeVar("T")
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000
+MAX_ELEMENTS = 10**12  # no tensor has as many
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Names reach messages, and so terminals: raises CheckpointError for one that would not stay on its line there."""
+    for name in names:
+        if not name.isprintable():
+            raise CheckpointError(f"{where} is damaged: it has a name that cannot be printed, {_short(name)}")
+
+
+class Fields:
+    """The keys of one configuration; a key whose value is null counts as absent.
+
+    Every reader raises CheckpointError for a value of the wrong type or out of range, and for an absent key that has no
+    default. `finish` refuses the keys that nothing asked for: they might change the result.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        check_names(values, where)
+        self.where = where
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._unread = set(self._values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._take(key, default)
+        if not _is_int(value) or not 1 <= value <= MAX_SIZE:
+            raise self._wrong(key, value, f"an integer from 1 to {MAX_SIZE}")
+        return int(value)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self._take(key, default)
+        if not (_is_int(value) or isinstance(value, float)) or not 0 < value < 1e30:
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._take(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        value = self._take(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def many(self, key: str, kind: type[T]) -> list[T]:
+        """A list of values of one type."""
+        value = self._take(key, None)
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise self._wrong(key, value, f"a list of {kind.__name__}")
+        return value
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """Token ids: one, several, or none where the key is absent."""
+        value = self._take(key, [])
+        value = value if isinstance(value, list) else [value]
+        if not all(_is_int(item) and 0 <= item <= MAX_SIZE for item in value):
+            raise self._wrong(key, value, "a token id or a list of them")
+        return tuple(value)
+
+    def fields(self, key: str) -> Fields:
+        """The fields inside this one; none where the key is absent."""
+        value = self._take(key, {})
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return Fields(value, f"{self.where}, {key},")
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuse the key unless it is absent or has one of these values."""
+        if key in self and self._take(key, None) not in allowed:
+            raise UnsupportedError(
+                f"{self.where} sets {key} to {_short(self._values[key])}, which fourfold does not support;"
+                f" it can honour only {' or '.join(map(_short, allowed))}"
+            )
+
+    def refuse(self, keys: Iterable[str], because: str) -> None:
+        """Refuse these keys, whatever their values."""
+        for key in sorted(set(keys) & set(self._values)):
+            raise UnsupportedError(f"{self.where} sets {key}: {because}")
+
+    def ignore(self, *keys: str) -> None:
+        """These keys are harmless here."""
+        self._unread -= set(keys)
+
+    def finish(self, harmless: Iterable[str] = ()) -> None:
+        """Raises UnsupportedError for the first key that was never read and is not known to be harmless."""
+        self.refuse(self._unread - set(harmless), "fourfold does not know this key, and it may change the result")
+
+    def _take(self, key: str, default: Any) -> Any:
+        self._unread.discard(key)
+        value = self._values.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.where} does not say {key}")
+        return value
+
+    def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.where} sets {key} to {_short(value)}; it must be {expected}")
+
+
+def check(config: ModelConfig, where: str) -> ModelConfig:
+    """The same configuration. Raises CheckpointError where its numbers contradict each other or make no model."""
+    c = config
+    sizes = {
+        "the embedding": c.vocab_size * c.dim,
+        "a feed-forward matrix": c.hidden_dim * c.dim,
+        "an attention matrix": c.n_heads * c.head_dim * c.dim,
+    }
+    ids = (*c.eos_ids, *(() if c.bos_id is None else (c.bos_id,)))
+    wrong = [
+        *(
+            f"{name} would have {n} elements, and fourfold reads fewer than 10^12"
+            for name, n in sizes.items()
+            if n >= MAX_ELEMENTS
+        ),
+        *(f"token {i} lies outside the vocabulary of {c.vocab_size}" for i in ids if i >= c.vocab_size),
+    ]
+    if c.n_layers > MAX_LAYERS:
+        wrong.append(f"{c.n_layers} layers are more than the {MAX_LAYERS} that fourfold reads")
+    if c.n_heads % c.n_kv_heads:
+        wrong.append(f"{c.n_heads} attention heads cannot share {c.n_kv_heads} key/value heads evenly")
+    if c.head_dim % 2:
+        wrong.append(f"rotary embedding needs an even head dimension, and it is {c.head_dim}")
+    if wrong:
+        raise CheckpointError(f"{where} describes no model that can run: {wrong[0]}")
+    return config
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else _REPR.repr(value)

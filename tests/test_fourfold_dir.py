@@ -1,0 +1,249 @@
+"""A fourfold directory: what a conversion writes, and that nothing in it is trusted when it is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fake_source
+from fourfold import quantize
+from fourfold.checkpoint.fourfold_dir import inspect, kind_of, open_directory, verify
+from fourfold.config import FORMATS
+from fourfold.errors import CheckpointError, FourfoldError
+from fourfold.format import TILE_N, pack, unpack
+from fourfold.models import weight_specs
+
+FILES = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+SPECS = weight_specs(fake_source.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def conversion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("conversion") / "model"
+    quantize.convert(fake_source.source(fake_source.tensors()), path, "nf4")
+    return path
+
+
+@pytest.fixture
+def converted(tmp_path: Path, conversion: Path) -> Path:
+    """A directory of its own, to be damaged."""
+    return shutil.copytree(conversion, tmp_path / "model")
+
+
+def stored(path: Path, name: str) -> tuple[Any, Any]:
+    """The panels and panel scales of a matrix."""
+    weight = open_directory(path).weights[name]
+    panels = np.fromfile(path / "model.safetensors", np.uint8, weight.data_bytes, offset=weight.data_offset)
+    n_panels = -(-weight.shape[0] // TILE_N)
+    if weight.scale_offset is None:
+        return panels.reshape(n_panels, -1), None
+    scales = np.fromfile(path / "model.safetensors", np.float32, n_panels, offset=weight.scale_offset)
+    return panels.reshape(n_panels, -1), scales
+
+
+# ---- what is written ----
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_conversion_holds_what_the_source_held(tmp_path: Path, fmt: Any, dtype: Any) -> None:
+    tensors = fake_source.tensors(dtype)
+    report = quantize.convert(fake_source.source(tensors), tmp_path / "model", fmt)
+    directory = open_directory(tmp_path / "model")
+    assert fake_source.names(tmp_path / "model") == FILES
+    assert directory.config == fake_source.CONFIG
+    assert directory.format == fmt
+    error = reference = 0.0
+    for spec in SPECS:
+        original = tensors[spec.rows.names[0]].data.astype(np.float32)
+        if not spec.is_matrix:
+            np.testing.assert_array_equal(directory.vectors[spec.name], original)
+            continue
+        panels, scales = stored(tmp_path / "model", spec.name)
+        expected, expected_scales = pack(original, fmt)
+        np.testing.assert_array_equal(panels, expected)
+        np.testing.assert_array_equal(scales, expected_scales)
+        values = unpack(panels, scales, fmt, (spec.shape[0], spec.shape[1]))
+        error += ((values - original).astype(np.float64) ** 2).sum()
+        reference += (original.astype(np.float64) ** 2).sum()
+    assert report.total.relative_rms_error == pytest.approx(np.sqrt(error / reference), rel=1e-4)
+    assert set(report.kinds) == {"q", "k", "v", "o", "gate", "up", "down", "embed", "head"}
+    assert verify(tmp_path / "model") == sum(t.n_bytes for t in directory.tensors.values())
+
+
+def test_small_pieces_make_the_same_bytes(tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "PIECE_BYTES", 1)  # one panel at a time
+    tensors = fake_source.tensors()
+    quantize.convert(fake_source.source(tensors), tmp_path / "again", "nf4", threads=2)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    assert max(stop - start for tensor in tensors.values() for start, stop in tensor.reads) == TILE_N
+
+
+def test_data_starts_on_a_page_and_progress_ends_at_the_total(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    quantize.convert(
+        fake_source.source(fake_source.tensors()), tmp_path / "model", "int8", progress=lambda *args: seen.append(args)
+    )
+    assert open_directory(tmp_path / "model").data_start % 4096 == 0
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == verify(tmp_path / "model")
+
+
+def test_inspect_counts_every_bit(converted: Path) -> None:
+    found = json.loads(json.dumps(inspect(converted)))
+    matrices = [spec for spec in SPECS if spec.is_matrix]
+    assert [row["name"] for row in found["tensors"]][: len(matrices)] == [spec.name for spec in matrices]
+    n_bytes = sum(panels.nbytes + scales.nbytes for panels, scales in (stored(converted, s.name) for s in matrices))
+    assert found["bits_per_weight"] == 8 * n_bytes / sum(s.shape[0] * s.shape[1] for s in matrices)
+    assert found["kinds"]["gate"]["count"] == 3
+    assert found["source"] == "0123"
+    assert found["quality"]["format"] == "nf4"
+    assert found["recipe"]["block"] == 64
+    assert kind_of("layers.12.gate") == "gate"
+
+
+def test_smollm2_costs_at_most_4_14_bits_a_weight(tmp_path: Path, smollm2: Path) -> None:
+    with quantize.open_source(smollm2) as source:
+        report = quantize.convert(source, tmp_path / "model", "nf4")
+    assert inspect(tmp_path / "model")["bits_per_weight"] <= 4.14
+    assert max(quality.bits_per_weight for quality in report.kinds.values()) <= 4.14
+    assert 0.08 < report.total.relative_rms_error < 0.09
+
+
+def test_the_cache_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = fake_source.tensors()
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "a" / "cache"))
+    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(tensors))
+    first = quantize.cached(tmp_path / "model.gguf", "nf4")
+    n_reads = sum(len(tensor.reads) for tensor in tensors.values())
+    assert quantize.cached(tmp_path / "model.gguf", "nf4") == first
+    assert sum(len(tensor.reads) for tensor in tensors.values()) == n_reads
+    assert quantize.cached(tmp_path / "model.gguf", "int8") != first
+    assert verify(first)
+
+
+# ---- damage and hostility ----
+
+
+def flip(file: Path, offset: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(("name", "what"), [("layers.1.q", "tensor layers.1.q"), ("norm", "tensor norm")])
+def test_a_flipped_bit_in_a_tensor_is_named(converted: Path, name: str, what: str) -> None:
+    directory = open_directory(converted)
+    flip(converted / "model.safetensors", directory.data_start + directory.tensors[name].offset + 3)
+    with pytest.raises(CheckpointError, match=rf"damaged \({what}\)"):
+        verify(converted)
+
+
+def test_a_flipped_bit_in_another_file_is_named(converted: Path) -> None:
+    flip(converted / "tokenizer.json", 5)
+    with pytest.raises(CheckpointError, match=r"damaged \(file tokenizer.json\)"):
+        verify(converted)
+
+
+@pytest.mark.parametrize("file", FILES[:3])
+@pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
+def test_a_truncated_or_missing_file_is_an_error(converted: Path, file: str, keep: float) -> None:
+    data = (converted / file).read_bytes()
+    (converted / file).write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)][:-1])
+    with pytest.raises(CheckpointError):
+        verify(converted)
+    (converted / file).unlink()
+    with pytest.raises(CheckpointError):
+        verify(converted)
+
+
+def replace_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Edits the header of model.safetensors and leaves the data as they are."""
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+
+
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "offset past the end": (lambda h: h["norm"].update(data_offsets=[10**9, 10**9 + 512]), "safetensors"),
+    "negative offset": (lambda h: h["norm"].update(data_offsets=[-512, 0]), "safetensors"),
+    "overlap": (lambda h: h["norm"].update(data_offsets=h["embed"]["data_offsets"]), "safetensors"),
+    "end before start": (lambda h: h["norm"].update(data_offsets=h["norm"]["data_offsets"][::-1]), "safetensors"),
+    "overflowing shape": (lambda h: h["norm"].update(shape=[2**33, 2**33]), "safetensors"),
+    "10^12 elements": (lambda h: h["norm"].update(shape=[10**12]), "safetensors"),
+    "negative shape": (lambda h: h["norm"].update(shape=[-128]), "safetensors"),
+    "unknown dtype": (lambda h: h["norm"].update(dtype="PICKLE"), "safetensors"),
+    "wrong dtype": (lambda h: h["norm"].update(dtype="I32"), r"norm should be F32 \(128,\), and is I32 \(128,\)"),
+    "wrong shape": (lambda h: h["norm"].update(shape=[64, 2]), r"norm should be F32 \(128,\), and is F32 \(64, 2\)"),
+    "another name": (lambda h: h.update(nrom=h.pop("norm")), "lacks the tensor norm"),
+    "one more": (lambda h: h.update(zero=EMPTY), "holds the tensor zero"),
+    "no entry": (lambda h: h.update(norm=7), "safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused(converted: Path, name: str) -> None:
+    edit, message = HOSTILE[name]
+    replace_header(converted, edit)
+    with pytest.raises(CheckpointError, match=message):
+        open_directory(converted)
+
+
+@pytest.mark.parametrize("start", [b"", b"\xff" * 8, (10**12).to_bytes(8, "little"), b"\x02" + b"\0" * 7 + b"[]"])
+def test_a_hostile_start_of_the_file_is_refused(converted: Path, start: bytes) -> None:
+    (converted / "model.safetensors").write_bytes(start)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_directory(converted)
+
+
+CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "version": lambda c: c.update(fourfold=2),
+    "format": lambda c: c.update(format="nf5"),
+    "more": lambda c: c.update(lora="x"),
+    "no model": lambda c: c.update(model=None),
+    "no weights": lambda c: c.update(weights=[]),
+    "layers": lambda c: c["model"].update(n_layers=10**12),
+    "no layers": lambda c: c["model"].update(n_layers=0),
+    "a negative size": lambda c: c["model"].update(dim=-128),
+    "another size": lambda c: c["model"].update(dim=64),
+    "a size that is text": lambda c: c["model"].update(dim="128"),
+    "a size that is true": lambda c: c["model"].update(n_kv_heads=True),
+    "eos": lambda c: c["model"].update(eos_ids=["</s>"]),
+    "scaling": lambda c: c["model"].update(rope_scaling={"factor": 8}),
+    "unknown field": lambda c: c["model"].update(sliding_window=4096),
+    "missing field": lambda c: c["model"].pop("rope_theta"),
+    "architecture": lambda c: c["model"].update(model_type="../evil"),
+    "missing weight": lambda c: c["weights"].pop("layers.0.q"),
+    "unexpected weight": lambda c: c["weights"].update(other={"format": "nf4", "shape": [1, 1]}),
+    "weight's format": lambda c: c["weights"]["embed"].update(format="int8"),
+    "weight's shape": lambda c: c["weights"]["embed"].update(shape=[128, 300]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hostile_configuration_is_refused(converted: Path, name: str) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    CONFIGS[name](config)
+    (converted / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FourfoldError):
+        open_directory(converted)
+
+
+def test_a_manifest_that_points_elsewhere_is_refused(converted: Path) -> None:
+    manifest = json.loads((converted / "manifest.json").read_text())
+    manifest["files"]["../../etc/passwd"] = "0"
+    (converted / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="manifest"):
+        verify(converted)

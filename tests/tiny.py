@@ -1,0 +1,184 @@
+"""Checkpoints small enough to write in a test: the same random model as a Hugging Face directory and as a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, TokenType
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+Tensors = dict[str, NDArray[Any]]
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "torch_dtype": "float32",
+}
+QWEN2 = CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False}
+
+GGUF_NAMES = {
+    "model.embed_tokens.": "token_embd.",
+    "model.norm.": "output_norm.",
+    "lm_head.": "output.",
+    "model.layers.": "blk.",
+    "input_layernorm.": "attn_norm.",
+    "post_attention_layernorm.": "ffn_norm.",
+    "self_attn.q_proj.": "attn_q.",
+    "self_attn.k_proj.": "attn_k.",
+    "self_attn.v_proj.": "attn_v.",
+    "self_attn.o_proj.": "attn_output.",
+    "mlp.gate_proj.": "ffn_gate.",
+    "mlp.up_proj.": "ffn_up.",
+    "mlp.down_proj.": "ffn_down.",
+}
+
+
+def tensors(config: dict[str, Any]) -> Tensors:
+    """Every tensor of a Llama or Qwen2 model, float32, by Hugging Face's names."""
+    c, rng = config, np.random.default_rng(1)
+    dim, hidden = c["hidden_size"], c["intermediate_size"]
+    kv_dim = dim // c["num_attention_heads"] * c["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], dim)}
+    for i in range(c["num_hidden_layers"]):
+        layer = {
+            "input_layernorm.weight": (dim,),
+            "self_attn.q_proj.weight": (dim, dim),
+            "self_attn.k_proj.weight": (kv_dim, dim),
+            "self_attn.v_proj.weight": (kv_dim, dim),
+            "self_attn.o_proj.weight": (dim, dim),
+            "post_attention_layernorm.weight": (dim,),
+            "mlp.gate_proj.weight": (hidden, dim),
+            "mlp.up_proj.weight": (hidden, dim),
+            "mlp.down_proj.weight": (dim, hidden),
+        }
+        if c["model_type"] == "qwen2":
+            layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in (("q", dim), ("k", kv_dim), ("v", kv_dim))}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (dim,)
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (c["vocab_size"], dim)
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def write_huggingface(path: Path, config: dict[str, Any], weights: Tensors, shards: int = 1) -> Path:
+    """A directory with its weights in one file, or in shards with an index."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(weights, path / "model.safetensors")
+        return path
+    index = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(weights.items())[i::shards])
+        save_file(part, path / name)
+        index |= dict.fromkeys(part, name)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return path
+
+
+def write_gguf(
+    path: Path,
+    config: dict[str, Any],
+    weights: Tensors,
+    *,
+    metadata: dict[str, Any] | None = None,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> Path:
+    """A GGUF file with a byte-level BPE tokenizer; `metadata` replaces or adds keys, and None takes one away.
+
+    Matrices are stored as `kind`, vectors as float32.
+    """
+    arch, c = config["model_type"], config
+    vocab, types, merges = byte_level_vocabulary()
+    values: dict[str, Any] = {
+        f"{arch}.block_count": c["num_hidden_layers"],
+        f"{arch}.context_length": c["max_position_embeddings"],
+        f"{arch}.embedding_length": c["hidden_size"],
+        f"{arch}.feed_forward_length": c["intermediate_size"],
+        f"{arch}.attention.head_count": c["num_attention_heads"],
+        f"{arch}.attention.head_count_kv": c["num_key_value_heads"],
+        f"{arch}.attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
+        f"{arch}.rope.freq_base": c["rope_theta"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    } | (metadata or {})
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", arch))
+    for key, value in values.items():
+        _add(writer, key, value)
+    for name, weight in weights.items():
+        ours = name
+        for theirs, short in GGUF_NAMES.items():
+            ours = ours.replace(theirs, short)
+        if arch == "llama" and ".attn_q." in ours:
+            weight = permuted(weight, c["num_attention_heads"])
+        if arch == "llama" and ".attn_k." in ours:
+            weight = permuted(weight, c["num_key_value_heads"])
+        if weight.ndim == 2 and kind != GGMLQuantizationType.F32:
+            writer.add_tensor(ours, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(ours, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case None:
+            pass
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def permuted(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of q or k as GGUF has them for Llama: within a head, row j of each half in turn."""
+    rows = np.arange(len(weight)).reshape(heads, 2, -1)
+    return np.ascontiguousarray(weight[rows.transpose(0, 2, 1).ravel()])
+
+
+def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
+    """256 bytes in GPT-2's alphabet, two control tokens, a user-defined one, three merges, and padding up to 264."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    space = alphabet[ord(" ")]
+    tokens = [alphabet[byte] for byte in range(256)]
+    tokens += ["<|start|>", "<|end|>", "<|tool|>", "he", "ll", space + "he", "[PAD262]", "[PAD263]"]
+    normal, control, user, unused = TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED
+    types = [*[normal] * 256, control, control, user, *[normal] * 3, unused, unused]
+    return tokens, [int(kind) for kind in types], ["h e", "l l", f"{space} he"]

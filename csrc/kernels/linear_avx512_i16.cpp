@@ -45,6 +45,8 @@ inline void dot(__m512i u, const uint8_t* const (&x)[ROWS], size_t at, __m512i (
     }
 }
 
+constexpr size_t kAhead = 2048;  // bytes
+
 template <Format F, size_t ROWS>
 void linear_rows(const LinearArgs& a, size_t m) {
     alignas(64) static constexpr auto kTable = byte_table(is_4bit(F) ? F : Format::nf4);
@@ -68,7 +70,9 @@ void linear_rows(const LinearArgs& a, size_t m) {
                 hi[r] = _mm512_setzero_si512();
                 lo[r] = _mm512_set1_epi32(I16Row::offsets(rows[r], a.k_tiles)[t]);
             }
+#pragma GCC unroll 8
             for (size_t g = 0; g < 8; ++g) {
+                _mm_prefetch(reinterpret_cast<const char*>(codes + g * (code_bytes(F) / 8) + kAhead), _MM_HINT_T0);
                 if constexpr (F == Format::int8) {
                     const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
                     dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128), bias), x, g * 8, hi, lo);

@@ -8,8 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fourfold.checkpoint.source import optional_json
 from fourfold.errors import CheckpointError, UserError
-from fourfold.tokenizer import optional_json, token_text
+from fourfold.tokenizer import token_text
 
 Message = Mapping[str, str]  # "role" and "content"
 

@@ -57,7 +57,8 @@ IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-to
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")]
 Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (linear, prefill), or one after another (decode).")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
+Start = Annotated[int | None, typer.Option("--context", help="Random tokens that go before. [default: 0]")]
 
 
 @app.callback(invoke_without_command=True)
@@ -215,10 +216,11 @@ def bench_linear(
     ranks: Ranks = None,
     k: Annotated[int | None, typer.Option(help="Inputs.")] = None,
     n: Annotated[int | None, typer.Option(help="Outputs.")] = None,
-    tokens: Tokens = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens at once, several with commas: 1,4,16.")] = None,
     gigabytes: Annotated[float | None, typer.Option(help="Weights to rotate over.")] = None,
     repeats: Repeats = None,
     isa: Isa = None,
+    kernel: Annotated[str | None, typer.Option(help="Force a linear kernel by its name.")] = None,
     json: Json = False,
 ) -> None:
     """One matrix: GB/s against the read bandwidth, FLOP/s against the peak."""
@@ -231,7 +233,7 @@ def bench_decode(
     format: Format = None,
     threads: Threads = None,
     ranks: Ranks = None,
-    context: Context = None,
+    context: Start = None,
     kv: Kv = None,
     tokens: Tokens = None,
     repeats: Repeats = None,
@@ -248,7 +250,7 @@ def bench_prefill(
     format: Format = None,
     threads: Threads = None,
     ranks: Ranks = None,
-    context: Context = None,
+    context: Start = None,
     kv: Kv = None,
     tokens: Tokens = None,
     repeats: Repeats = None,

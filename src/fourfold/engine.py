@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
 KV_BYTES = {"bf16": 2.0, "int8": 1.0 + 4 / 64, "f32": 4.0}  # an element, int8's scales counted at heads of 64
 
 Vector = NDArray[np.float32]
+Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class Engine:
@@ -44,7 +46,9 @@ class Engine:
         rope_angles: str | None = None,
         kernel: str = "",
         timeout_seconds: float = 60.0,
+        report: Report | None = None,
     ) -> None:
+        """`kernel` forces a linear kernel by name; `report(done, total)` is called with the bytes loaded so far."""
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
         self.format = stored.format
@@ -56,7 +60,7 @@ class Engine:
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
         self._pool = PagePool(MAX_SEQUENCES * -(-self.context // _core.PAGE), MAX_SEQUENCES, _core.PAGE)
-        self.weight_bytes = _slices_bytes(stored, builder)
+        self.weight_bytes: int = _slices_bytes(stored, builder)
         _check_memory(self.weight_bytes, self._kv_bytes_per_token() * self.context, machine.available_bytes)
 
         nodes = len({rank.node for rank in self.plan})
@@ -74,7 +78,7 @@ class Engine:
         )
         angles = cast(RopeAngles, rope_angles or "f32")
         self._program.set_rope(*rotary_tables(self.config, self.context, angles))
-        _Assembly(self._program, self._team, builder, stored).run()
+        _Assembly(self._program, self._team, builder, stored, report).run()
         self._program.finish()
         self._logits_width = -(-self.config.vocab_size // 16) * 16
 
@@ -172,11 +176,14 @@ class Engine:
 class _Assembly:
     """Turns a builder's ops into the native program's, creating and loading each weight once."""
 
-    def __init__(self, program: Any, team: Any, builder: ProgramBuilder, stored: FourfoldDirectory) -> None:
+    def __init__(
+        self, program: Any, team: Any, builder: ProgramBuilder, stored: FourfoldDirectory, report: Report | None
+    ) -> None:
         self._program, self._team, self._builder, self._stored = program, team, builder, stored
+        self._report, self._loaded = report, 0
         self._n_ranks = builder.n_ranks
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
-        self._buffers = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
+        self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
         self._file = np.memmap(stored.weights_path, np.uint8, "r")
 
@@ -199,6 +206,9 @@ class _Assembly:
                 raw = self._file[w.scale_offset : w.scale_offset + 4 * len(panels)]
                 scales = np.frombuffer(raw.tobytes(), np.float32)
             native.load(self._team, panels, scales)
+            self._loaded += w.data_bytes
+            if self._report:
+                self._report(self._loaded, sum(other.data_bytes for other in self._stored.weights.values()))
             self._weights[name] = self._program.add_weight(native)
         return self._weights[name]
 

@@ -17,7 +17,7 @@ from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
 from fourfold.errors import UserError
 from fourfold.locate import fourfold_directory
-from fourfold.progress import bar, spinner
+from fourfold.progress import bar
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
 from fourfold.tokenizer import Tokenizer
 
@@ -79,8 +79,16 @@ class LLM:
 
         from fourfold.engine import Engine
 
-        with spinner(f"loading {directory.name}"):
-            engine = Engine(directory, ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
+        with bar(f"loading {directory.name}") as report:
+            engine = Engine(
+                directory,
+                ranks=ranks,
+                threads=threads,
+                context=context,
+                kv=kv,
+                rope_angles=rope_angles,
+                report=report,
+            )
         self._set_parts(engine, tokenizer, template)
 
     @classmethod

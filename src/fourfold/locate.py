@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourfold.checkpoint.source import optional_json
 from fourfold.config import FORMATS
 from fourfold.errors import CheckpointError, UserError
-from fourfold.tokenizer import optional_json
 
 DEFAULT_FORMAT = "nf4"
 Report = Callable[[int, int], None]  # bytes done, bytes in all

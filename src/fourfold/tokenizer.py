@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fourfold.checkpoint.source import read_json
+from fourfold.checkpoint.source import optional_json
 from fourfold.errors import CheckpointError, UserError
 
 # Yuan 2.0 adds these to its SentencePiece model in this order; those that the model lacks get the ids after its last.
@@ -353,11 +353,6 @@ def token_text(token: object) -> str | None:
     """A token as the JSON files write it: its text, or an object with the text as `content`."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def optional_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises CheckpointError for anything else."""
-    return read_json(path) if path.is_file() else {}
 
 
 def _line(error: Exception) -> str:

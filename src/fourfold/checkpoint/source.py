@@ -106,6 +106,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises CheckpointError for anything else."""
+    return read_json(path) if path.is_file() else {}
+
+
 def one_line(error: Exception) -> str:
     """What a library says, fit for the end of a sentence: it may quote the file."""
     return "".join(c if c.isprintable() else " " for c in str(error))

@@ -1,4 +1,4 @@
-"""Llama: pre-norm, rotary attention with grouped heads, SiLU-gated feed-forward. Qwen2 is the same with q, k, v biases."""
+"""Llama: pre-norm, rotary attention with grouped heads, SiLU-gated feed-forward. Qwen2 adds biases to q, k and v."""
 
 from __future__ import annotations
 

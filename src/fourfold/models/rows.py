@@ -61,7 +61,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TimeConv:
-    """A convolution over time with kernel (2, 1), (N, C, 2, 1), as a matrix (N, 2C): the previous token's inputs, then this one's."""
+    """A convolution over time, (N, C, 2, 1), as a matrix (N, 2C): inputs of the token before, then of this one."""
 
     name: str
     n: int
@@ -81,7 +81,7 @@ class TimeConv:
 
 @dataclass(frozen=True)
 class HeadPairs:
-    """Every other block of `head_dim` rows of two stacked matrices, each (n_heads · head_dim, K): Yuan's interleaved q and k.
+    """Every other block of `head_dim` rows of two stacked matrices, (n_heads · head_dim, K) each: Yuan's q and k.
 
     Row block h of the result is row block `2h + which` of [first; second].
     """

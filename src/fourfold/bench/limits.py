@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import median
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from fourfold.progress import bar
 
 READ_BYTES = 1_000_000_000  # what the read bandwidth is measured over, or more where the caches are large
 TIMES_CACHE = 4  # that many last-level caches' worth of bytes make what is found in them count for little
+_ISA = "FOURFOLD_ISA"
 TRIALS = 3  # of each read pattern, or of the peak, in one measurement; the median counts
 
 T = TypeVar("T")
@@ -30,14 +32,14 @@ class Limits:
     def __init__(self, machine: Machine, plan: Sequence[RankPlan], *, read: bool = False, peak: bool = False) -> None:
         self.cpus = sorted({cpu for rank in plan for cpu in rank.cpus})
         self.cache_bytes = _last_level_bytes(machine, self.cpus)
-        self._n_bytes = max(READ_BYTES, TIMES_CACHE * self.cache_bytes)
+        self.n_bytes = max(READ_BYTES, TIMES_CACHE * self.cache_bytes)
         self._peak_kind = _core.peak_kinds()[0]
         self._wants_read, self._wants_peak = read, peak
         self._read: list[float] = []
         self._peak: list[float] = []
-        if read and self._n_bytes > machine.available_bytes:
+        if read and self.n_bytes > machine.available_bytes:
             raise ResourceError(
-                f"measuring the read bandwidth takes {self._n_bytes / 1e9:.1f} GB and "
+                f"measuring the read bandwidth takes {self.n_bytes / 1e9:.1f} GB and "
                 f"{machine.available_bytes / 1e9:.1f} GB are free: free some memory"
             )
 
@@ -84,7 +86,7 @@ class Limits:
     def _measure(self) -> None:
         try:
             if self._wants_read:
-                self._read.append(_core.measure_read_bandwidth(self.cpus, self._n_bytes, TRIALS)["median_gb_s"] * 1e9)
+                self._read.append(_core.measure_read_bandwidth(self.cpus, self.n_bytes, TRIALS)["median_gb_s"] * 1e9)
             if self._wants_peak:
                 self._peak.append(_core.measure_peak(self.cpus, self._peak_kind, TRIALS)["median_gflop_s"] * 1e9)
         except RuntimeError as error:  # a probe whose result was wrong
@@ -98,14 +100,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @contextmanager
 def forced_isa(isa: str | None) -> Iterator[None]:
-    """As if FOURFOLD_ISA were set, while the block runs; None leaves it as it is."""
-    before = os.environ.get("FOURFOLD_ISA")
-    wanted = before if isa is None else isa
-    _set_isa(wanted)
+    """Sets FOURFOLD_ISA, which says what the kernels are chosen from, while the block runs; None leaves it."""
+    before = os.environ.get(_ISA)
+    if isa is not None:
+        os.environ[_ISA] = isa
     try:
         yield
     finally:
-        _set_isa(before)
+        if isa is not None:
+            del os.environ[_ISA]
+            os.environ.update({} if before is None else {_ISA: before})
 
 
 def check_counts(**counts: int | None) -> None:
@@ -120,15 +124,8 @@ def uses_amx(kernels: Sequence[str]) -> bool:
     return any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels)
 
 
-def _set_isa(isa: str | None) -> None:
-    if isa is None:
-        os.environ.pop("FOURFOLD_ISA", None)
-    else:
-        os.environ["FOURFOLD_ISA"] = isa
-
-
 def _fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
-    around = [(before + after) / 2 for before, after in zip(limits[:-1], limits[1:], strict=True)]
+    around = [(before + after) / 2 for before, after in pairwise(limits)]
     return spread([rate / limit for rate, limit in zip(rates, around, strict=True)])
 
 

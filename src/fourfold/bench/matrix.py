@@ -22,7 +22,7 @@ from fourfold.format import SCALED, TILE_K, n_panels, panel_bytes, stored_bytes
 from fourfold.locate import DEFAULT_FORMAT
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.program import TILE_N, split
-from fourfold.progress import spinner
+from fourfold.progress import bar
 
 TOKENS = (1, 4, 16, 512)
 STEPS = 3  # in one repetition, for each number of tokens; the median counts
@@ -61,14 +61,15 @@ def linear(
     machine = read_machine()
     plan = plan_ranks(machine, ranks, threads)
     n_copies = max(2, int(np.ceil(gigabytes * 1e9 / stored_bytes(chosen, (n, k)))))
-    needed = n_copies * stored_bytes(chosen, (n, k)) + 8 * n * k  # the matrix before packing, and in float64 by parts
+    limits = Limits(machine, plan, read=True, peak=True)
+    needed = n_copies * stored_bytes(chosen, (n, k)) + max(limits.n_bytes, 8 * n * k)  # the second: before packing
+    needed += sum(m * (4 * n + MAX_PROGRAMS * 8 * k) for m in counts)  # activations, plain and packed
     if needed > machine.available_bytes:
         raise ResourceError(
-            f"the weights need {needed / 1e9:.1f} GB and {machine.available_bytes / 1e9:.1f} GB are free: "
-            "use fewer --gigabytes"
+            f"weights and activations need {needed / 1e9:.1f} GB and {machine.available_bytes / 1e9:.1f} GB are free: "
+            "use fewer --gigabytes or --tokens"
         )
-    limits = Limits(machine, plan, read=True, peak=True)
-    with forced_isa(isa), spinner("packing a matrix"):
+    with forced_isa(isa):
         copies = _Copies(chosen, n, k, n_copies, plan, choose_isa(), kernel or "")
         runs = [_Run(copies, m, repeats * STEPS) for m in counts]
 
@@ -76,7 +77,10 @@ def linear(
         return [median(run.step() for _ in range(STEPS)) for run in runs]
 
     seconds = np.array(limits.interleave(repeats, repetition))  # (repeats, runs)
-    names = [run.kernel["name"] for run in runs]
+    rows = [_row(run, seconds[:, i], limits, copies) for i, run in enumerate(runs)]
+    if 1 in counts:
+        for i, row in enumerate(rows):
+            row["time_over_1_token"] = spread((seconds[:, i] / seconds[:, counts.index(1)]).tolist())
     return {
         "bench": "linear",
         "format": chosen,
@@ -85,18 +89,12 @@ def linear(
         "copies": n_copies,
         "rotating_bytes": n_copies * copies.n_bytes,
         "isa": copies.isa,
-        "amx": uses_amx(names),
+        "amx": uses_amx([row["kernel"] for row in rows]),
         "ranks": len(plan),
         "threads": sum(len(rank.cpus) for rank in plan),
         "repeats": repeats,
         "limits": limits.describe(),
-        "rows": [_row(run, seconds[:, i], limits, copies) for i, run in enumerate(runs)]
-        if 1 not in counts
-        else [
-            _row(run, seconds[:, i], limits, copies)
-            | {"time_over_1_token": spread((seconds[:, i] / seconds[:, counts.index(1)]).tolist())}
-            for i, run in enumerate(runs)
-        ],
+        "rows": rows,
         "notes": [INCLUDES, *limits.cache_notes(n_copies * copies.n_bytes)],
     }
 
@@ -133,8 +131,10 @@ class _Copies:
         cut = [(list(outputs), inputs if outputs else []) for outputs in split(n, self.n_ranks, TILE_N).ranges]
         self.n_bytes = sum(_core.slice_bytes(format, *slice_) for slice_ in cut)
         self.weights = [_core.make_weight(format, n, k, cut, self.team) for _ in range(n_copies)]
-        for weight in self.weights:
-            weight.load(self.team, panels, scales)
+        with bar("loading copies") as report:
+            for done, weight in enumerate(self.weights, 1):
+                weight.load(self.team, panels, scales)
+                report(done * self.n_bytes, n_copies * self.n_bytes)
 
     def program(self, max_tokens: int, first: int, count: int) -> Any:
         """Multiplies `count` copies, from `first` on, by rows of the first of them: token i is row i."""
@@ -224,10 +224,11 @@ class _Truth:
             size = np.abs(w)
             largest = np.maximum.reduceat(size, blocks, axis=1)
             scale = SCALE_OVER_LARGEST * largest
-            c = scale @ np.add.reduceat(np.abs(x), blocks)
-            b = np.add.reduceat(size, blocks, axis=1) @ np.maximum.reduceat(np.abs(x), blocks)
-            sums.append((w @ x, size @ np.abs(x), c, b))
-        return cls(*(np.concatenate(part) for part in zip(*sums, strict=True)), k)
+            sums_c = scale @ np.add.reduceat(np.abs(x), blocks)
+            sums_b = np.add.reduceat(size, blocks, axis=1) @ np.maximum.reduceat(np.abs(x), blocks)
+            sums.append((w @ x, size @ np.abs(x), sums_c, sums_b))
+        y, s, c, b = (np.concatenate(part) for part in zip(*sums, strict=True))
+        return cls(y, s, c, b, k)
 
     def check(self, y: NDArray[np.float32], kernel: dict[str, Any]) -> None:
         """Raises RuntimeFailure where the kernel's own bound, or that of adding K float32 products, is broken."""

@@ -17,7 +17,7 @@ from fourfold.engine import MAX_STEP_TOKENS, Engine
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.locate import fourfold_directory
 from fourfold.machine import read_machine
-from fourfold.progress import bar, spinner
+from fourfold.progress import bar
 
 
 def decode(
@@ -36,17 +36,15 @@ def decode(
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
     with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, read=True)
-        seconds = run.times(repeats, limits, lambda: [run.feed([i]) for i in run.ids][-1]) / tokens
+        seconds = run.times(repeats, limits, run.feed_one_by_one) / tokens
         n_bytes = np.mean([run.engine.bytes_per_token(context + i) for i in range(tokens)])
-        kernels = run.kernels(1)
         rates = (n_bytes / seconds).tolist()
         return {
             "bench": "decode",
             **run.describe(),
             "tokens": tokens,
             "repeats": repeats,
-            "kernels": kernels,
-            "amx": uses_amx(list(kernels.values())),
+            **run.kernels(1),
             "limits": limits.describe(),
             "ms_per_token": spread((seconds * 1e3).tolist()),
             "tokens_per_s": spread((1 / seconds).tolist()),
@@ -73,18 +71,16 @@ def prefill(
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
     with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, peak=True)
-        seconds = run.times(repeats, limits, lambda: run.feed(run.ids))
+        seconds = run.times(repeats, limits, run.feed_at_once)
         matrix_flop = _matrix_flop(run.stored, tokens)
-        body, head = run.kernels(min(tokens, MAX_STEP_TOKENS)), run.kernels(1)
+        steps = [min(tokens - fed, MAX_STEP_TOKENS) for fed in range(0, tokens, MAX_STEP_TOKENS)]
         rates = (matrix_flop / seconds).tolist()
         return {
             "bench": "prefill",
             **run.describe(),
             "tokens": tokens,
             "repeats": repeats,
-            "kernels": body,
-            "kernels_head": head,
-            "amx": uses_amx([*body.values(), *head.values()]),
+            **run.kernels(*steps, 1),  # the head multiplies one row
             "limits": limits.describe(),
             "seconds": spread(seconds.tolist()),
             "tokens_per_s": spread((tokens / seconds).tolist()),
@@ -103,14 +99,20 @@ class _Run:
         self.engine, self.stored = engine, stored
         self._name, self._start = name, start
         ids = np.random.default_rng(0).integers(0, stored.config.vocab_size, start + n_tokens).tolist()
-        self.ids: list[int] = ids[start:]
+        self.ids: list[int] = ids[start:]  # at least one
         self._sequence = engine.new_sequence()
         if start:
             engine.extend(self._sequence, ids[:start])
 
-    def feed(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits after the last of the ids, which follow those fed before."""
-        return self.engine.extend(self._sequence, ids)
+    def feed_at_once(self) -> NDArray[np.float32]:
+        """Logits after the last of the ids."""
+        return self.engine.extend(self._sequence, self.ids)
+
+    def feed_one_by_one(self) -> NDArray[np.float32]:
+        """The same, a step for each."""
+        for i in self.ids:
+            logits = self.engine.extend(self._sequence, [i])
+        return logits
 
     def times(self, repeats: int, limits: Limits, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float64]:
         """Seconds of each repetition, all from the same position; (repeats). One more goes before, uncounted.
@@ -133,9 +135,11 @@ class _Run:
             raise RuntimeFailure("the same tokens gave different logits, or no numbers: no figures of a wrong result")
         return seconds
 
-    def kernels(self, n_tokens: int) -> dict[str, str]:
-        """Linear kernels of a step of so many tokens, by weight format."""
-        return dict(self.engine._program.kernels(n_tokens))
+    def kernels(self, *rows: int) -> dict[str, Any]:
+        """Linear kernels for so many rows at a time, by weight format, and whether they use AMX."""
+        by_rows = {str(m): dict(self.engine._program.kernels(m)) for m in rows}
+        names = [name for kernels in by_rows.values() for name in kernels.values()]
+        return {"kernels": by_rows, "amx": uses_amx(names)}
 
     def describe(self) -> dict[str, Any]:
         facts = self.engine.describe()
@@ -163,9 +167,9 @@ def _loaded(
         raise UserError(f"kv must be one of {', '.join(KV_FORMATS)}, not {kv!r}")
     with bar(f"converting {model}") as report:
         directory = fourfold_directory(model, format, threads=threads, report=report)
-    with forced_isa(isa), spinner(f"loading {directory.name}"):
-        engine = Engine(directory, ranks=ranks, threads=threads, context=start + n_tokens, kv=kv)
-        run = _Run(engine, open_directory(directory), model, start, n_tokens)
+    with forced_isa(isa), bar(f"loading {directory.name}") as report:
+        engine = Engine(directory, ranks=ranks, threads=threads, context=start + n_tokens, kv=kv, report=report)
+    run = _Run(engine, open_directory(directory), model, start, n_tokens)
     try:
         yield run
     finally:

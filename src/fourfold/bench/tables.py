@@ -10,10 +10,10 @@ from rich.table import Table
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what `linear`, `decode` or `prefill` returned. Ratios are medians, and in brackets their spread."""
+    """Prints what `linear`, `decode` or `prefill` returned: medians, and in brackets the spread of the repetitions."""
     console.print(_title(result), style="bold", highlight=False)
     console.print({"linear": _linear, "decode": _decode, "prefill": _prefill}[result["bench"]](result))
-    for line in [*_limits(result["limits"]), _amx(result), *result["notes"]]:
+    for line in [*_limits(result["limits"]), _kernels(result), *result["notes"]]:
         console.print(line, highlight=False)
 
 
@@ -29,17 +29,18 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _linear(result: Mapping[str, Any]) -> Table:
-    table = _table("tokens", "kernel", "ms", "GB/s", "of read bandwidth", "GFLOP/s", "of peak", "time / 1 token")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("tokens", "ms", "GB/s", "of read limit", "GFLOP/s", "of peak", "/ 1 token"):
+        table.add_column(name, justify="right")
     for row in result["rows"]:
         relative = row.get("time_over_1_token")
         table.add_row(
             str(row["tokens"]),
-            row["kernel"],
             f"{row['ms']['median']:.3f}",
             f"{row['gb_s']['median']:.2f}",
-            _ratio(row["of_read"]),
-            f"{row['gflop_s']['median']:.1f}",
-            _ratio(row["of_peak"]),
+            _range(row["of_read"], 2),
+            f"{row['gflop_s']['median']:.0f}",
+            _range(row["of_peak"], 2),
             f"{relative['median']:.2f}" if relative else "",
         )
     return table
@@ -51,42 +52,19 @@ def _decode(result: Mapping[str, Any]) -> Table:
         ("tokens/s", _range(result["tokens_per_s"], 1)),
         ("MB a token must read", f"{result['bytes_per_token'] / 1e6:.1f}"),
         ("GB/s", _range(result["gb_s"], 2)),
-        ("of read bandwidth", _ratio(result["of_read"])),
-        ("kernels", ", ".join(result["kernels"].values())),
+        ("of read limit", _range(result["of_read"], 2)),
     )
 
 
 def _prefill(result: Mapping[str, Any]) -> Table:
     return _facts(
+        ("seconds", _range(result["seconds"], 3)),
         ("tokens/s", _range(result["tokens_per_s"], 1)),
         ("GFLOP of matrices", f"{result['matrix_gflop']:.1f}"),
         ("GFLOP of attention", f"{result['attention_gflop']:.1f}"),
-        ("GFLOP/s", _range(result["gflop_s"], 1)),
-        ("of peak", _ratio(result["of_peak"])),
-        ("kernels", ", ".join(result["kernels"].values())),
-        ("kernels of the head", ", ".join(result["kernels_head"].values())),
+        ("GFLOP/s", _range(result["gflop_s"], 0)),
+        ("of peak", _range(result["of_peak"], 2)),
     )
-
-
-def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
-    if "read_gb_s" in limits:
-        rates = _range(limits["read_gb_s"], 2)
-        yield f"Limit of a few tokens: reading the weights once, at {rates} GB/s (best of four plain read loops)."
-    if "peak_gflop_s" in limits:
-        rates = _range(limits["peak_gflop_s"], 1)
-        yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."
-
-
-def _amx(result: Mapping[str, Any]) -> str:
-    return f"Kernels for {result['isa']}; AMX is {'used' if result['amx'] else 'not used'}."
-
-
-def _range(values: Mapping[str, float], digits: int) -> str:
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}–{values['max']:.{digits}f})"
-
-
-def _ratio(values: Mapping[str, float]) -> str:
-    return _range(values, 3)
 
 
 def _facts(*rows: tuple[str, str]) -> Table:
@@ -96,9 +74,25 @@ def _facts(*rows: tuple[str, str]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
-    """Numbers to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name == "kernel" else "right")
-    return table
+def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
+    if "read_gb_s" in limits:
+        rates = _range(limits["read_gb_s"], 2)
+        yield f"Limit of a few tokens: reading the weights once, at {rates} GB/s, the best of four read loops."
+    if "peak_gflop_s" in limits:
+        rates = _range(limits["peak_gflop_s"], 1)
+        yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."
+
+
+def _kernels(result: Mapping[str, Any]) -> str:
+    if result["bench"] == "linear":
+        ran = [(row["kernel"], row["tokens"]) for row in result["rows"]]
+    else:
+        ran = [(name, rows) for rows, kernels in result["kernels"].items() for name in kernels.values()]
+    rows_of = {kernel: ", ".join(str(rows) for name, rows in ran if name == kernel) for kernel, _ in ran}
+    kernels = ", ".join(f"{kernel} (M = {rows})" for kernel, rows in rows_of.items())
+    return f"Ran on {result['isa']}, AMX {'' if result['amx'] else 'not '}used: {kernels}."
+
+
+def _range(values: Mapping[str, float], digits: int) -> str:
+    """Median, and in brackets the smallest and the largest."""
+    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}–{values['max']:.{digits}f})"

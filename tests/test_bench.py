@@ -1,0 +1,172 @@
+"""Benchmarks say what they measured, and nothing where the result is wrong. How fast is not tested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fourfold._core as _core
+import numpy as np
+import pytest
+
+from fourfold import bench, cli
+from fourfold.bench import limits, matrix, model
+from fourfold.checkpoint import open_source
+from fourfold.errors import ResourceError, RuntimeFailure, UserError
+from fourfold.machine import read_machine
+from fourfold.quantize import convert
+from tiny import CONFIG, QWEN2, tensors, write_huggingface
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`fourfold bench ... --json`, its result; what it prints for people is tried as well."""
+    monkeypatch.setattr(limits, "READ_BYTES", 0)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", *arguments, "--json"])
+        out, err = capsys.readouterr()
+        assert not exit_.value.code, err
+        result: dict[str, Any] = json.loads(out.splitlines()[-1])
+        from rich.console import Console
+
+        console = Console(width=80, record=True)
+        bench.render(result, console)
+        assert "…" not in console.export_text()
+        return result
+
+    return run
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that cost no time: 1 byte/s and 1 FLOP/s."""
+
+    def measure(self: limits.Limits) -> None:
+        self._read.append(1.0)
+        self._peak.append(1.0)
+
+    monkeypatch.setattr(limits.Limits, "_measure", measure)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, QWEN2], ids=["llama", "qwen2"])
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    source = write_huggingface(folder / "source", request.param, tensors(request.param))
+    with open_source(source) as opened:
+        convert(opened, folder / "nf4", "nf4")
+    return folder / "nf4"
+
+
+def is_spread(values: dict[str, float]) -> bool:
+    return 0 < values["min"] <= values["median"] <= values["max"]
+
+
+def test_linear_gives_each_figure_with_its_limit(run: Run) -> None:
+    result = run("linear", "--k", "256", "--n", "256", "--gigabytes", "0.01", "--repeats", "2", "--tokens", "1,3,40")
+    assert (result["bench"], result["format"], result["k"], result["n"]) == ("linear", "nf4", 256, 256)
+    assert result["rotating_bytes"] >= 10_000_000
+    assert result["limits"]["peak"].startswith(_core.peak_kinds()[0])
+    assert is_spread(result["limits"]["read_gb_s"])
+    assert is_spread(result["limits"]["peak_gflop_s"])
+    assert [row["tokens"] for row in result["rows"]] == [1, 3, 40]
+    for row in result["rows"]:
+        assert "_nf4_" in row["kernel"]
+        for figure in ("ms", "gb_s", "of_read", "gflop_s", "of_peak", "time_over_1_token"):
+            assert is_spread(row[figure]), figure
+        n_bytes = result["rotating_bytes"] / result["copies"]
+        assert row["gb_s"]["max"] * row["ms"]["min"] == pytest.approx(n_bytes / 1e6)
+        assert row["gflop_s"]["max"] * row["ms"]["min"] == pytest.approx(2 * row["tokens"] * 256 * 256 / 1e6)
+    assert any("not one to memory" in note for note in result["notes"])
+
+
+@pytest.mark.usefixtures("instant")
+def test_every_kernel_of_this_machine_passes_the_check_before_its_figures() -> None:
+    isas = read_machine().isas
+    for row in _core.linear_kernels():
+        if row["isa"] in isas:
+            options = {"kernel": row["name"], "isa": row["isa"], "gigabytes": 1e-9, "repeats": 1}
+            result = bench.linear(k=200, n=70, tokens=[1, 2, 20, 33], ranks=2, **options)
+            assert {figures["kernel"] for figures in result["rows"]} == {row["name"]}
+            assert (result["format"], result["amx"]) == (row["format"], row["isa"] == "amx")
+
+
+@pytest.mark.usefixtures("instant")
+@pytest.mark.parametrize("wrong", [np.nan, 1.5, 0.0])
+def test_a_wrong_product_has_no_figures(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = matrix._Truth.check
+    monkeypatch.setattr(matrix._Truth, "check", lambda self, y, kernel: check(self, y * np.float32(wrong), kernel))
+    with pytest.raises(RuntimeFailure, match=r"linear_nf4.* gave .* no figures of a wrong result"):
+        bench.linear(k=128, n=64, gigabytes=1e-9, tokens=1, repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": "1,many"}, "such as 1,4,16"),
+        ({"tokens": "0"}, "tokens must be at least 1"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"gigabytes": 0.0}, "more than 0"),
+        ({"gigabytes": 1e9}, "are free"),
+        ({"format": "q4"}, "no format 'q4'"),
+        ({"kernel": "linear_fast"}, "no kernel 'linear_fast'"),
+        ({"kernel": "linear_nf4_f32_scalar", "format": "int4"}, "reads nf4, not int4"),
+        ({"isa": "sse9", "tokens": 1}, "sse9"),
+        ({"kernel": "linear_nf4_f32_avx2", "isa": "scalar", "gigabytes": 1e-9, "k": 64, "n": 16}, "needs avx2"),
+    ],
+)
+def test_linear_refuses_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((UserError, ResourceError), match=message):
+        bench.linear(**options)
+
+
+def test_decode_counts_the_bytes_of_every_position(run: Run, tiny_model: Path) -> None:
+    result = run("decode", str(tiny_model), "--tokens", "5", "--context", "70", "--repeats", "2", "--isa", "avx2")
+    assert (result["bench"], result["context"], result["tokens"]) == ("decode", 70, 5)
+    assert result["kernels"] == {"1": {"nf4": "linear_nf4_f32_avx2"}}
+    assert result["amx"] is False
+    for figure in ("ms_per_token", "tokens_per_s", "gb_s", "of_read"):
+        assert is_spread(result[figure]), figure
+    kv_bytes = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * 16 * 2
+    start = run("decode", str(tiny_model), "--tokens", "1", "--repeats", "1")
+    assert result["bytes_per_token"] - start["bytes_per_token"] == kv_bytes * 72
+
+
+def test_prefill_counts_the_products(run: Run, tiny_model: Path) -> None:
+    result = run("prefill", str(tiny_model), "--tokens", "40", "--context", "7", "--repeats", "2", "--threads", "1")
+    assert (result["bench"], result["context"], result["tokens"], result["threads"]) == ("prefill", 7, 40, 1)
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
+    assert result["matrix_gflop"] == pytest.approx(2e-9 * (40 * 2 * layer + 300 * 64))
+    assert result["attention_gflop"] == pytest.approx(4e-9 * 2 * 4 * 16 * sum(range(8, 48)))
+    assert list(result["kernels"]) == ["40", "1"]
+    for figure in ("seconds", "tokens_per_s", "gflop_s", "of_peak"):
+        assert is_spread(result[figure]), figure
+
+
+@pytest.mark.usefixtures("instant")
+def test_logits_that_change_have_no_figures(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend, rng = model.Engine.extend, np.random.default_rng(1)
+    monkeypatch.setattr(model.Engine, "extend", lambda *fed: extend(*fed) + rng.random(dtype=np.float32))
+    with pytest.raises(RuntimeFailure, match="different logits"):
+        bench.decode(model=str(tiny_model), tokens=2, repeats=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": -1}, "context must be at least 0"),
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"tokens": 200}, "a context of 200 is not possible"),
+        ({"kv": "f16"}, "kv must be one of"),
+        ({"isa": "sse9", "tokens": 1}, "sse9"),
+    ],
+)
+def test_a_model_is_not_measured_at_what_it_cannot_do(options: dict[str, Any], message: str, tiny_model: Path) -> None:
+    for measure in (bench.decode, bench.prefill):
+        with pytest.raises(UserError, match=message):
+            measure(model=str(tiny_model), **options)

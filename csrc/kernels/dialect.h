@@ -20,8 +20,8 @@ namespace {
 // To nearest even. A NaN stays one.
 inline uint16_t to_bf16(float x) {
     const auto bits = std::bit_cast<uint32_t>(x);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    const uint32_t nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+    return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? quiet : nearest);
 }
 
 #if defined(__AVX512F__)

@@ -91,11 +91,14 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
             alignas(64) float tile[kTileK];
             if (a == Activation::bf16) {
                 uint8_t* band = out + row / 16 * (k_tiles * 2048);
-                if (row < m) take_tile(x + row * x_stride, t, k, tile);
+                uint16_t rounded[kTileK] = {};
+                if (row < m) {
+                    take_tile(x + row * x_stride, t, k, tile);
+                    for (size_t i = 0; i < kTileK; ++i) rounded[i] = to_bf16(tile[i]);
+                }
                 for (size_t half = 0; half < 2; ++half) {
                     auto* to = reinterpret_cast<uint16_t*>(band + (t * 2 + half) * 1024 + row % 16 * 64);
-                    for (size_t i = 0; i < 32; ++i)
-                        to[i] = row < m ? to_bf16(tile[half * 32 + i / 8 * 8 + kPairOrder[i % 8]]) : 0;
+                    for (size_t i = 0; i < 32; ++i) to[i] = rounded[half * 32 + i / 8 * 8 + kPairOrder[i % 8]];
                 }
                 continue;
             }

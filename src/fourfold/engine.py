@@ -105,14 +105,14 @@ class Engine:
 
     def _feed(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
         """Logits of every id, or of the last alone."""
-        tokens = np.asarray(ids, np.int32)
-        if sequence.length + len(tokens) > self.context:
+        if sequence.length + len(ids) > self.context:
             raise UserError(
-                f"{sequence.length + len(tokens)} tokens do not fit the context of {self.context}: "
+                f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}: "
                 "shorten the text or ask for a larger context"
             )
-        if len(tokens) == 0 or tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+        if len(ids) == 0 or min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise UserError(f"ids must be at least one, and all from 0 to {self.config.vocab_size - 1}")
+        tokens = np.asarray(ids, np.int32)
         self._pool.reserve(sequence, sequence.length + len(tokens))
         pages = np.asarray([sequence.pages], np.int32)
         pieces = []

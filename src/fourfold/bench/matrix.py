@@ -103,6 +103,7 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
     bytes_per_s, flop_per_s = copies.n_bytes / seconds, 2.0 * run.m * copies.n * copies.k / seconds
     return {
         "tokens": run.m,
+        "copies": run.n_copies,  # in turn: fewer than all for many tokens, whose time is not that of reading
         "kernel": run.kernel["name"],
         "ms": spread((seconds * 1e3).tolist()),
         "gb_s": spread((bytes_per_s / 1e9).tolist()),
@@ -169,6 +170,7 @@ class _Run:
         n_copies = len(copies.weights)
         self._per_step = n_copies if m <= TOKENS_OVER_ALL else max(2, n_copies * TOKENS_OVER_ALL // m)
         n_programs = min(n_steps, MAX_PROGRAMS, -(-n_copies // self._per_step))
+        self.n_copies = min(n_copies, n_programs * self._per_step)
         self._programs = [copies.program(m, i * self._per_step, self._per_step) for i in range(n_programs)]
         name = self._programs[0].kernels(m)[copies.format]
         self.kernel = next(row for row in _core.linear_kernels() if row["name"] == name)

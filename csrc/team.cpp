@@ -150,7 +150,6 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
                     double nap = 0;
                     {
                         std::lock_guard lock(state->mutex);
-                        job = state->job;
                         if (const auto it = state->stalls.find({r, t}); it != state->stalls.end()) {
                             nap = it->second;
                             state->stalls.erase(it);
@@ -158,11 +157,15 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
                     }
                     if (nap > 0) std::this_thread::sleep_for(std::chrono::duration<double>(nap));
                     try {
-                        if (!state->broken) job(worker);
+                        std::unique_lock lock(state->mutex);
+                        if (!state->broken) job = state->job;
+                        lock.unlock();
+                        if (job) job(worker);
                     } catch (...) {
                         state->fail(std::current_exception());
                     }
-                    job = nullptr;
+                    // After a failure the caller may be gone, and with it what the job holds: then it is left alone.
+                    state->broken ? static_cast<void>(new Job(std::move(job))) : static_cast<void>(job = nullptr);
                     if (state->n_done.fetch_add(1) + 1 == state->n_workers) {
                         state->finished = state->generation.load();
                         state->finished.notify_all();

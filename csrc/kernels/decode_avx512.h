@@ -13,13 +13,10 @@ namespace {
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
 
 // The 16 scales of a tile as float32: panel_scale * e4m3(byte). See e4m3() in format.h; the sign bit moves to bit 31.
-inline __m512 tile_scales(const uint8_t* bytes, __m512 panel_scale_2_120) {
+inline __m512 tile_scales(const uint8_t* bytes, __m512 panel_scale) {
     const __m512i b = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m512i bits = _mm512_and_si512(_mm512_slli_epi32(b, 20), _mm512_set1_epi32(static_cast<int>(0x87F00000)));
-    return _mm512_mul_ps(panel_scale_2_120, _mm512_castsi512_ps(bits));
-}
-inline __m512 scale_unit(float panel_scale) {
-    return _mm512_mul_ps(_mm512_set1_ps(panel_scale), _mm512_set1_ps(0x1p120f));
+    return _mm512_mul_ps(panel_scale, _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f)));
 }
 
 // The inputs of a 32-bit lane of 4-bit codes, lowest nibble first, within their group of 8.
@@ -51,9 +48,9 @@ inline __m512i bf16_pairs(__m512 even, __m512 odd) {
 
 // One tile as a bf16 tile (format.h): 32 vectors of 16 pairs, scaled. `out` is 2048 bytes, 64-byte aligned.
 template <Format F>
-inline void tile_to_bf16(const uint8_t* codes, const uint8_t* scales, __m512 unit, uint8_t* out) {
+inline void tile_to_bf16(const uint8_t* codes, const uint8_t* scales, __m512 panel_scale, uint8_t* out) {
     auto* to = reinterpret_cast<__m512i*>(out);
-    const __m512 scale = tile_scales(scales, unit);
+    const __m512 scale = tile_scales(scales, panel_scale);
     if constexpr (F == Format::int8) {
         const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127.0f));
         for (size_t g = 0; g < 8; ++g) {
@@ -81,6 +78,16 @@ inline void tile_to_bf16(const uint8_t* codes, const uint8_t* scales, __m512 uni
     }
 }
 
+// Calls f(number of rows, first row) over M rows in blocks of 8, 4, 2 and 1; the number is a compile-time constant.
+template <class F>
+inline void by_rows(size_t m, F f) {
+    size_t i = 0;
+    for (; i + 8 <= m; i += 8) f(std::integral_constant<size_t, 8>{}, i);
+    if (i + 4 <= m) f(std::integral_constant<size_t, 4>{}, i), i += 4;
+    if (i + 2 <= m) f(std::integral_constant<size_t, 2>{}, i), i += 2;
+    if (i < m) f(std::integral_constant<size_t, 1>{}, i);
+}
+
 // Tiles [t0, t1) of a panel as bf16 tiles; bf16 weights are used where they lie.
 template <Format F>
 inline const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, size_t k_tiles, size_t t0, size_t t1,
@@ -88,7 +95,7 @@ inline const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, siz
     if constexpr (F == Format::bf16) {
         return panel + code_offset(F, t0, k_tiles);
     } else {
-        const __m512 unit = scale_unit(panel_scale);
+        const __m512 unit = _mm512_set1_ps(panel_scale);
         for (size_t t = t0; t < t1; ++t)
             tile_to_bf16<F>(panel + code_offset(F, t, k_tiles), panel + scale_offset(F, t), unit,
                             scratch + (t - t0) * code_bytes(Format::bf16));

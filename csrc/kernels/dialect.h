@@ -2,7 +2,7 @@
 // three below by its flags, in an anonymous namespace, so that no two ISAs share a symbol.
 //
 //   kLanes floats a Vec; load and store need no alignment; fma(a, b, c) = a * b + c
-//   exp is within 2 units in the last place for x <= 0 (all it is used for), and 0 below -87
+//   exp is within 2 units in the last place for x <= 0 (all it is used for), and exp(-87) = 1.6e-38 below -87
 #pragma once
 #include <bit>
 #include <cmath>

@@ -44,49 +44,40 @@ void add_tile(const uint8_t* codes, const float* x, size_t x_stride, __m512 tabl
     }
 }
 
+// Rows [m, m + ROWS) of x times panel p.
 template <Format F, size_t ROWS>
-void linear_rows(const LinearArgs& a, size_t m) {
+void multiply(const LinearArgs& a, size_t p, size_t m) {
     constexpr size_t kChains = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
     const size_t x_stride = a.k_tiles * kTileK;
     const float* x = reinterpret_cast<const float*>(a.x) + m * x_stride;
     const __m512 table =
         is_4bit(F) ? _mm512_loadu_ps(codebook(is_4bit(F) ? F : Format::nf4).data()) : _mm512_setzero_ps();
-    for (size_t p = 0; p < a.n_panels; ++p) {
-        const uint8_t* panel = a.panels + p * panel_bytes(F, a.k_tiles);
-        const __m512 unit =
-            scale_unit(has_scales(F) ? a.panel_scales[p] * (F == Format::int8 ? 1.0f / 127.0f : 1.0f) : 0);
-        __m512 total[ROWS];
-        for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
-        for (size_t t = 0; t < a.k_tiles; ++t) {
-            __m512 sums[ROWS][kChains];
-            for (size_t r = 0; r < ROWS; ++r)
-                for (size_t c = 0; c < kChains; ++c) sums[r][c] = _mm512_setzero_ps();
-            add_tile<F, ROWS, kChains>(panel + code_offset(F, t, a.k_tiles), x + t * kTileK, x_stride, table, sums);
-            const __m512 scale = has_scales(F) ? tile_scales(panel + scale_offset(F, t), unit) : _mm512_set1_ps(1.0f);
-            for (size_t r = 0; r < ROWS; ++r) {
-                __m512 sum = sums[r][0];
-                for (size_t c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, sums[r][c]);
-                total[r] = _mm512_fmadd_ps(sum, scale, total[r]);
-            }
+    const uint8_t* panel = a.panels + p * panel_bytes(F, a.k_tiles);
+    const __m512 unit =
+        _mm512_set1_ps(has_scales(F) ? a.panel_scales[p] * (F == Format::int8 ? 1.0f / 127.0f : 1.0f) : 0);
+    __m512 total[ROWS];
+    for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    for (size_t t = 0; t < a.k_tiles; ++t) {
+        __m512 sums[ROWS][kChains];
+        for (size_t r = 0; r < ROWS; ++r)
+            for (size_t c = 0; c < kChains; ++c) sums[r][c] = _mm512_setzero_ps();
+        add_tile<F, ROWS, kChains>(panel + code_offset(F, t, a.k_tiles), x + t * kTileK, x_stride, table, sums);
+        const __m512 scale = has_scales(F) ? tile_scales(panel + scale_offset(F, t), unit) : _mm512_set1_ps(1.0f);
+        for (size_t r = 0; r < ROWS; ++r) {
+            __m512 sum = sums[r][0];
+            for (size_t c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, sums[r][c]);
+            total[r] = _mm512_fmadd_ps(sum, scale, total[r]);
         }
-        for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN, total[r]);
     }
-}
-
-template <Format F>
-void linear(const LinearArgs& a) {
-    size_t m = 0;
-    for (; m + 8 <= a.m; m += 8) linear_rows<F, 8>(a, m);
-    if (m + 4 <= a.m) linear_rows<F, 4>(a, m), m += 4;
-    if (m + 2 <= a.m) linear_rows<F, 2>(a, m), m += 2;
-    if (m < a.m) linear_rows<F, 1>(a, m);
+    for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN, total[r]);
 }
 
 }  // namespace
 
 template <Format F>
 void linear_f32_avx512(const LinearArgs& a) {
-    linear<F>(a);
+    for (size_t p = 0; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
+        by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows>(a, p, m); });
 }
 template void linear_f32_avx512<Format::nf4>(const LinearArgs&);
 template void linear_f32_avx512<Format::int4>(const LinearArgs&);

@@ -67,20 +67,22 @@ constexpr LinearKernel f32_row(std::string_view name, size_t m_max) {
 }
 template <Format F>
 constexpr LinearKernel i16_row(std::string_view name, float codebook_error, size_t m_max) {
-    return {name, Isa::avx512, F, Activation::i16, 1, m_max, linear_i16_avx512<F>, 0, codebook_error, 0, 0x1p-16f};
+    return {name, Isa::avx512, F, Activation::i16, 1, m_max, linear_i16_avx512<F>, 0, codebook_error, 0, 0.5f / 32512};
 }
 template <Format F>
 constexpr LinearKernel bf16_row(std::string_view name) {
     return {name, Isa::avx512, F, Activation::bf16, 1, SIZE_MAX, linear<F>, F == Format::bf16 ? 0 : kBf16, 0, kBf16, 0};
 }
-constexpr size_t kFew = 8;  // tokens up to which reading weights, not multiplying, takes the time
+// Tokens up to which these rows are the faster ones: i16 pays its decoding every 8 tokens but rounds less and needs no
+// scratch; bf16 weights have nothing to decode, and float32 sums half as many a cycle.
+constexpr size_t kFewScaled = 32, kFewBf16 = 8;
 
 constexpr LinearKernel kRows[] = {
-    i16_row<Format::nf4>("linear_nf4_i16_avx512", 0.5f / 112.05f, kFew),
-    i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFew),
-    i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFew),
-    i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFew),
-    f32_row<Format::bf16>("linear_bf16_f32_avx512", kFew),
+    i16_row<Format::nf4>("linear_nf4_i16_avx512", 0.5f / 112.05f, kFewScaled),
+    i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFewScaled),
+    i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFewScaled),
+    i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFewScaled),
+    f32_row<Format::bf16>("linear_bf16_f32_avx512", kFewBf16),
     f32_row<Format::f32>("linear_f32_f32_avx512", SIZE_MAX),
     bf16_row<Format::nf4>("linear_nf4_bf16_avx512"),
     bf16_row<Format::int4>("linear_int4_bf16_avx512"),

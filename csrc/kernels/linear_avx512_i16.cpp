@@ -47,62 +47,57 @@ inline void dot(__m512i u, const uint8_t* const (&x)[ROWS], size_t at, __m512i (
 
 constexpr size_t kAhead = 2048;  // bytes
 
+// Rows [m, m + ROWS) of x times panel p.
 template <Format F, size_t ROWS>
-void linear_rows(const LinearArgs& a, size_t m) {
+void multiply(const LinearArgs& a, size_t p, size_t m) {
     alignas(64) static constexpr auto kTable = byte_table(is_4bit(F) ? F : Format::nf4);
     const __m512i table = _mm512_load_si512(kTable.data());
     const size_t row_bytes = I16Row::bytes(a.k_tiles);
     const uint8_t* rows[ROWS];
     for (size_t r = 0; r < ROWS; ++r) rows[r] = a.x + (m + r) * row_bytes;
 
-    const uint8_t* panel = a.panels;
-    const size_t stride = panel_bytes(F, a.k_tiles);
-    for (size_t p = 0; p < a.n_panels; ++p, panel += stride) {
-        const __m512 unit = scale_unit(a.panel_scales[p] / units(F));
-        __m512 total[ROWS];
-        for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
-        for (size_t t = 0; t < a.k_tiles; ++t) {
-            const uint8_t* codes = panel + code_offset(F, t, a.k_tiles);
-            const uint8_t* x[ROWS];
-            __m512i hi[ROWS], lo[ROWS];
-            for (size_t r = 0; r < ROWS; ++r) {
-                x[r] = rows[r] + t * I16Row::tile_bytes;
-                hi[r] = _mm512_setzero_si512();
-                lo[r] = _mm512_set1_epi32(I16Row::offsets(rows[r], a.k_tiles)[t]);
-            }
+    const uint8_t* panel = a.panels + p * panel_bytes(F, a.k_tiles);
+    const __m512 unit = _mm512_set1_ps(a.panel_scales[p] / units(F));
+    __m512 total[ROWS];
+    for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    for (size_t t = 0; t < a.k_tiles; ++t) {
+        const uint8_t* codes = panel + code_offset(F, t, a.k_tiles);
+        const uint8_t* x[ROWS];
+        __m512i hi[ROWS], lo[ROWS];
+        for (size_t r = 0; r < ROWS; ++r) {
+            x[r] = rows[r] + t * I16Row::tile_bytes;
+            hi[r] = _mm512_setzero_si512();
+            lo[r] = _mm512_set1_epi32(I16Row::offsets(rows[r], a.k_tiles)[t]);
+        }
 #pragma GCC unroll 8
-            for (size_t g = 0; g < 8; ++g) {
-                _mm_prefetch(reinterpret_cast<const char*>(codes + g * (code_bytes(F) / 8) + kAhead), _MM_HINT_T0);
-                if constexpr (F == Format::int8) {
-                    const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-                    dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128), bias), x, g * 8, hi, lo);
-                    dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128 + 64), bias), x, g * 8 + 4, hi, lo);
-                } else {
-                    const __m512i v = load64(codes + g * 64);
-                    dot<ROWS>(_mm512_permutexvar_epi8(v, table), x, g * 8, hi, lo);
-                    dot<ROWS>(_mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table), x, g * 8 + 4, hi, lo);
-                }
-            }
-            const __m512 scale = tile_scales(panel + scale_offset(F, t), unit);
-            for (size_t r = 0; r < ROWS; ++r) {
-                const __m512i sum = _mm512_add_epi32(lo[r], _mm512_slli_epi32(hi[r], 8));
-                const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(I16Row::scales(rows[r], a.k_tiles)[t]));
-                total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), step, total[r]);
+        for (size_t g = 0; g < 8; ++g) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + g * (code_bytes(F) / 8) + kAhead), _MM_HINT_T0);
+            if constexpr (F == Format::int8) {
+                const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
+                dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128), bias), x, g * 8, hi, lo);
+                dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128 + 64), bias), x, g * 8 + 4, hi, lo);
+            } else {
+                const __m512i v = load64(codes + g * 64);
+                dot<ROWS>(_mm512_permutexvar_epi8(v, table), x, g * 8, hi, lo);
+                dot<ROWS>(_mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table), x, g * 8 + 4, hi, lo);
             }
         }
-        for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN, total[r]);
+        const __m512 scale = tile_scales(panel + scale_offset(F, t), unit);
+        for (size_t r = 0; r < ROWS; ++r) {
+            const __m512i sum = _mm512_add_epi32(lo[r], _mm512_slli_epi32(hi[r], 8));
+            const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(I16Row::scales(rows[r], a.k_tiles)[t]));
+            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), step, total[r]);
+        }
     }
+    for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN, total[r]);
 }
 
 }  // namespace
 
 template <Format F>
 void linear_i16_avx512(const LinearArgs& a) {
-    size_t m = 0;
-    for (; m + 8 <= a.m; m += 8) linear_rows<F, 8>(a, m);
-    if (m + 4 <= a.m) linear_rows<F, 4>(a, m), m += 4;
-    if (m + 2 <= a.m) linear_rows<F, 2>(a, m), m += 2;
-    if (m < a.m) linear_rows<F, 1>(a, m);
+    for (size_t p = 0; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
+        by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows>(a, p, m); });
 }
 template void linear_i16_avx512<Format::nf4>(const LinearArgs&);
 template void linear_i16_avx512<Format::int4>(const LinearArgs&);

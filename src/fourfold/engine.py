@@ -130,6 +130,10 @@ class Engine:
             pieces.append(out[:, : self.config.vocab_size])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def kernels(self, n_tokens: int) -> dict[str, str]:
+        """The linear kernel that a step of so many tokens runs, by weight format."""
+        return dict(self._program.kernels(n_tokens))
+
     def describe(self) -> dict[str, Any]:
         """What runs and how, JSON-ready."""
         return {
@@ -143,8 +147,8 @@ class Engine:
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self._kv_bytes_per_token(),
             "bytes_per_token": self.bytes_per_token(),
-            "kernels_decode": self._program.kernels(1),
-            "kernels_prefill": self._program.kernels(MAX_STEP_TOKENS),
+            "kernels_decode": self.kernels(1),
+            "kernels_prefill": self.kernels(MAX_STEP_TOKENS),
         }
 
     def bytes_per_token(self, position: int = 0) -> int:

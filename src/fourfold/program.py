@@ -32,6 +32,8 @@ class Cut:
 
     def repeated(self, taps: int) -> Cut:
         """The cut of `taps` copies of the dimension side by side, each cut alike."""
+        if all(rank == ((0, self.size),) for rank in self.ranges):
+            return whole(taps * self.size, len(self.ranges))
         ranges = tuple(
             tuple((t * self.size + begin, t * self.size + end) for t in range(taps) for begin, end in rank)
             for rank in self.ranges
@@ -180,6 +182,10 @@ class ProgramBuilder:
         self, base: Activation, x: Activation, weight: str, *, inputs: Cut, taps: int = 1, bias: str | None = None
     ) -> Activation:
         """base + W x (+ bias), W cut by its inputs and its partial sums added over the ranks: a new activation."""
+        if taps > 1 and self.n_ranks > 1 and inputs.size % TILE_K:
+            raise UnsupportedError(
+                f"{weight}: {inputs.size} inputs, {taps} times, cannot be cut at multiples of {TILE_K}; use --ranks 1"
+            )
         y = self._new(base.cut)
         self._reduce(base, x, weight, inputs.repeated(taps), bias, y)
         return y

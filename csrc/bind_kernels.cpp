@@ -104,6 +104,9 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
 }
 
 }  // namespace
+}  // namespace fourfold
+
+using namespace fourfold;
 
 void bind_kernels(nb::module_& m) {
     m.def("linear_kernels", &table, "Every row of the table of linear kernels.");
@@ -144,5 +147,3 @@ void bind_kernels(nb::module_& m) {
         },
         "isa"_a, "base"_a, "parts"_a, "bias"_a.none(), "y"_a.noconvert());
 }
-
-}  // namespace fourfold

@@ -86,6 +86,9 @@ void step(Program& p, Array<const int32_t, 1> tokens, Array<const int32_t, 2> se
 }
 
 }  // namespace
+}  // namespace fourfold
+
+using namespace fourfold;
 
 void bind_program(nb::module_& m) {
     nb::exception<StallError>(m, "StallError", PyExc_RuntimeError);
@@ -169,5 +172,3 @@ void bind_program(nb::module_& m) {
         "kernel"_a = "");
     m.attr("PAGE") = kPage;
 }
-
-}  // namespace fourfold

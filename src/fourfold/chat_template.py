@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -148,11 +150,45 @@ def _sandbox() -> Any:
             body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return body
 
+    def check_numbers(*values: Any, **named: Any) -> None:
+        """A number may be a width, to which a text is filled up before anyone can see its size."""
+        for value in (*values, *named.values()):
+            if isinstance(value, int) and abs(value) > SIZE_LIMIT:
+                raise SecurityError(f"the number {value} is too large")
+
+    def check_form(form: Any) -> None:
+        """The same for the widths inside what `%` and `format` fill in."""
+        if isinstance(form, str) and re.search(r"\d{8}|%[^a-zA-Z%]*\*|\{[^{}]*\{[^{]", form.replace("{{", "")):
+            raise SecurityError("a format with a width that is too large or not fixed")
+
+    def bounded_filter(name: str, function: Any) -> Any:
+        @functools.wraps(function)  # with the mark of what Jinja is to pass as the first argument
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            check_numbers(*args[1:], **kwargs)
+            if name == "format":
+                check_form(args[0])
+            return function(*args, **kwargs)
+
+        return bounded
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**"})
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
         turns = 0
 
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+            check_numbers(*args, **kwargs)
+            return super().call(__context, __obj, *args, **kwargs)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            wrapped = super().wrap_str_format(value)
+            if wrapped is not None:
+                check_form(value.__self__)
+            return wrapped
+
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "%":
+                check_form(left)
+                return super().call_binop(context, operator, left, right)
             sizes = [len(side) if hasattr(side, "__len__") else int(abs(side)) for side in (left, right)]
             size = sum(sizes) if operator == "+" else sizes[0] * sizes[1]
             if operator == "**" or (size > SIZE_LIMIT and any(hasattr(side, "__len__") for side in (left, right))):
@@ -194,6 +230,7 @@ def _sandbox() -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    sandbox.filters = {name: bounded_filter(name, function) for name, function in sandbox.filters.items()}
     sandbox.filters |= {"tojson": tojson, "count_turns": sandbox.count_turns, "check_size": sandbox.check_size}
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return sandbox

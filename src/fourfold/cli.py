@@ -6,6 +6,7 @@ A mistake of the user ends with status 2, any other failure with 1, both with on
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json as json_format
 import os
@@ -144,11 +145,13 @@ def quantize(
     """Convert a model once, in bounded memory; started again after an interruption, it resumes."""
     from fourfold.checkpoint import open_source
     from fourfold.cli_render import render_quality
+    from fourfold.llm import check_text
     from fourfold.locate import DEFAULT_FORMAT, source_path
     from fourfold.progress import bar
     from fourfold.quantize import convert
 
     with open_source(source_path(source)) as opened, bar(f"converting {source}") as report:
+        check_text(opened)
         lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
     _show({"path": str(destination), **lost.to_dict()}, json, render_quality)
 
@@ -276,11 +279,12 @@ def _bench(kind: str, options: Mapping[str, Any]) -> None:
 
 
 def _directory(model: str, format: str | None) -> Path:
+    from fourfold.llm import check_text
     from fourfold.locate import fourfold_directory
     from fourfold.progress import bar
 
     with bar(f"converting {model}") as report:
-        return fourfold_directory(model, format, report=report)
+        return fourfold_directory(model, format, report=report, check=check_text)
 
 
 def _show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
@@ -295,6 +299,9 @@ def _show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console entry point: runs a command and exits with its status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
@@ -324,6 +331,10 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, FourfoldError):
         return str(error), 1
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used: {error.strerror}", 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "there is no room for the output; make room on its disk", 2
     if isinstance(error, MemoryError):
-        return "there is not enough memory for this; free some, or ask for a smaller --context", 1
+        return "there is not enough memory for this; free some, or ask for a smaller --context", 2
     return f"{type(error).__name__}: {error} (FOURFOLD_DEBUG=1 shows where)", 1

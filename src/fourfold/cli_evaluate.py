@@ -19,6 +19,8 @@ def evaluate(options: Mapping[str, Any]) -> dict[str, Any]:
     """The result of `fourfold.evaluate.evaluate`, and what was measured."""
     if (options["text"] is None) == (options["ids"] is None):
         raise UserError("give either --text FILE or --ids FILE.npy")
+    if options["against_format"] is not None and options["against"] is None:
+        raise UserError("--against-format is the format of the model to compare with; name that with --against")
     text = None if options["text"] is None else _read_text(options["text"])
     ids = None if options["ids"] is None else _read_ids(options["ids"])
     shared = {name: options[name] for name in ("ranks", "threads", "kv", "rope_angles")}

@@ -36,6 +36,8 @@ def load(options: Mapping[str, Any]) -> LLM:
 def run(options: Mapping[str, Any]) -> int:
     """One answer; the exit status."""
     params, prompt = sampling_params(options), options["prompt"]
+    if options["raw"] and options["chat_template"] is not None:
+        raise UserError("--raw leaves the chat template out, so --chat-template cannot be used with it; drop one")
     if prompt is None:
         if sys.stdin.isatty():
             raise UserError("there is no prompt; give one with -p, or pipe it in")

@@ -112,6 +112,7 @@ class Engine:
             )
         if len(ids) == 0 or min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise UserError(f"ids must be at least one, and all from 0 to {self.config.vocab_size - 1}")
+        program = self._running()
         tokens = np.asarray(ids, np.int32)
         self._pool.reserve(sequence, sequence.length + len(tokens))
         pages = np.asarray([sequence.pages], np.int32)
@@ -123,7 +124,7 @@ class Engine:
             out = np.empty((len(wanted), self._logits_width), np.float32)
             rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
             try:
-                self._program.step(piece, rows, pages, wanted.astype(np.int32), out)
+                program.step(piece, rows, pages, wanted.astype(np.int32), out)
             except _core.StallError as error:
                 raise RuntimeFailure(str(error)) from None
             sequence.length += len(piece)
@@ -132,7 +133,7 @@ class Engine:
 
     def kernels(self, n_tokens: int) -> dict[str, str]:
         """The linear kernel that a step of so many tokens runs, by weight format."""
-        return dict(self._program.kernels(n_tokens))
+        return dict(self._running().kernels(n_tokens))
 
     def describe(self) -> dict[str, Any]:
         """What runs and how, JSON-ready."""
@@ -163,6 +164,12 @@ class Engine:
         """Threads end and memory goes back; the engine is of no use afterwards."""
         self.__dict__.pop("_program", None)
         self.__dict__.pop("_team", None)
+
+    def _running(self) -> Any:
+        """The program. Raises UserError after `close`."""
+        if "_program" not in self.__dict__:
+            raise UserError("the model has been closed; load it again")
+        return self._program
 
     def _kv_bytes_per_token(self) -> int:
         c = self.config

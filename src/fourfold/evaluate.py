@@ -39,6 +39,8 @@ def evaluate(
     and `top1_agreement` (the fraction of positions at which both think the same token likeliest).
     Raises UserError for too short a text, or for models of two vocabularies.
     """
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"max_tokens must be at least 2, not {max_tokens}: the first token is not predicted")
     tokens = _tokens(llm, text, ids, against)[:max_tokens]
     if against is not None and against.vocab_size != llm.vocab_size:
         raise UserError(f"the models have {llm.vocab_size} and {against.vocab_size} ids, so they cannot be compared")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,6 +23,7 @@ from fourfold.sampling import SamplingParams, StopChecker, make_sampler
 from fourfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from fourfold.checkpoint import Source
     from fourfold.engine import Engine
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
@@ -71,11 +73,8 @@ class LLM:
         """
         _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
         with bar(f"converting {model}") as report:
-            directory = fourfold_directory(model, format, threads=threads, report=report)
-        tokenizer = Tokenizer.from_directory(directory) if Tokenizer.is_in(directory) else None
-        if tokenizer is not None:
-            tokenizer.check_fits(open_directory(directory).config.vocab_size)
-        template = ChatTemplate.from_directory(directory)
+            directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
+        tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
 
         from fourfold.engine import Engine
 
@@ -119,13 +118,14 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue each prompt, as it stands: no chat template."""
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        single = not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes)
+        single = single or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         several = cast("Sequence[Prompt]", [prompts] if single else prompts)
         return [self.stream(prompt, params).finish() for prompt in several]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, piece by piece."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt, "a prompt that is not text")
         return self._stream(ids, params, after=ids)
 
     def chat(
@@ -152,15 +152,13 @@ class LLM:
 
     def logits(self, token_ids: ArrayLike, step: bool = False) -> NDArray[np.float32]:
         """Logits (T, vocab) of T ids, each after those before it: one prefill, or one step an id."""
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"token_ids must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}")
-        self._check_prompt(ids.tolist())
+        ids = _ids(token_ids, "token_ids")
+        self._check_prompt(ids)
         if not step:
-            return self._engine.logits(ids.tolist())
+            return self._engine.logits(ids)
         sequence = self._engine.new_sequence()
         try:
-            return np.stack([self._engine.extend(sequence, [int(i)]) for i in ids])
+            return np.stack([self._engine.extend(sequence, [i]) for i in ids])
         finally:
             self._engine.free(sequence)
 
@@ -182,6 +180,8 @@ class LLM:
 
     def _stream(self, ids: list[int], params: SamplingParams | None, after: Sequence[int]) -> Stream:
         self._check_prompt(ids)
+        if not isinstance(params, SamplingParams | None):
+            raise UserError(f"params must be SamplingParams, not {type(params).__name__}")
         return Stream(self._engine, self.tokenizer, ids, params or SamplingParams(), after)
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
@@ -268,11 +268,40 @@ class Stream:
         return "length" if full or len(self._ids) - self._prompt_tokens == self._params.max_tokens else "cancelled"
 
 
+def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and the chat template of a model with that vocabulary. Raises CheckpointError for unfit ones."""
+    tokenizer = Tokenizer.from_directory(directory) if Tokenizer.is_in(directory) else None
+    if tokenizer is not None:
+        tokenizer.check_fits(vocab_size)
+    return tokenizer, ChatTemplate.from_directory(directory)
+
+
+def check_text(source: Source) -> None:
+    """Raises before a conversion what `load_text` would raise after it."""
+    if source.path.is_dir():
+        load_text(source.path, source.config.vocab_size)
+        return
+    with TemporaryDirectory() as directory:
+        for name, content in source.tokenizer_files.items():
+            Path(directory, name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        load_text(Path(directory), source.config.vocab_size)
+
+
+def _ids(values: ArrayLike, what: str) -> list[int]:
+    try:
+        ids = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        raise UserError(f"{what} must be one row of whole numbers") from None
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise UserError(f"{what} must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}")
+    return [int(i) for i in ids]
+
+
 def _check_options(**options: object) -> None:
     for name in ("ranks", "threads", "context"):
         value = options[name]
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if value is not None and not (type(value) is int and 1 <= value < 2**31):
+            raise UserError(f"{name} must be a whole number of at least 1 and below 2^31, not {value!r}")
     for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16"))):
         if options[name] is not None and options[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {options[name]!r}")

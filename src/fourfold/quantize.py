@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,7 @@ from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
 from fourfold.machine import choose_isa, read_machine
 from fourfold.models import WeightSpec, weight_specs
 
+MAX_THREADS = 4096
 PIECE_BYTES = 64 << 20  # of weights as float32: at most three pieces are in memory
 RECIPE = {
     "block": 64,
@@ -65,6 +67,8 @@ def convert(
     and ResourceError where the disk has no room.
     """
     fmt = _checked_format(fmt)
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
     specs = weight_specs(source.config)
     check_complete(specs, source)
     isa, n_threads = choose_isa(), threads or read_machine().n_threads
@@ -98,9 +102,17 @@ def convert(
     return report
 
 
-def cached(source_path: str | Path, fmt: str, *, threads: int | None = None, progress: Progress | None = None) -> Path:
+def cached(
+    source_path: str | Path,
+    fmt: str,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Source], None] | None = None,
+) -> Path:
     """The conversion of a checkpoint, made by the first process that asks for it and kept in the user's cache.
 
+    `check` sees the source before it is converted, and may raise.
     FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise.
     """
     fmt = _checked_format(fmt)
@@ -110,16 +122,31 @@ def cached(source_path: str | Path, fmt: str, *, threads: int | None = None, pro
         directory = root / f"{Path(source_path).resolve().stem}-{fmt}-{key}"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            lock = (root / f"{directory.name}.lock").open("w")
+            lock = _locked(root / f"{directory.name}.lock")
         except OSError as error:
             raise UserError(
                 f"the cache {root} cannot be written ({error.strerror}); name another in FOURFOLD_CACHE"
             ) from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
             if not directory.exists():
+                if check:
+                    check(source)
                 convert(source, directory, fmt, threads=threads, progress=progress)
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
     return directory
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, locked by this process alone: whoever held it before may have taken it away while we waited."""
+    while True:
+        lock = path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 def _checked_format(fmt: str) -> WeightFormat:

@@ -36,6 +36,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of its interval."""
+        if not isinstance(self.stop, str | list | tuple):
+            raise UserError(f"stop must be a text or several, not {self.stop!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         _check("max_tokens", self.max_tokens, 1, 2**31 - 1, whole=True)
         _check("temperature", self.temperature, 0, 100)

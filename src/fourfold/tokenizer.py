@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,12 +155,12 @@ class _Fast:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library
 
-        try:
+        self._path = path
+        with _quiet(), self._sound("is not a tokenizer that can be read"):
             self._library = Library.from_file(str(path))
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a tokenizer that can be read ({_line(error)})") from None
-        self._library.no_truncation()
-        self._library.no_padding()
+            self._library.no_truncation()
+            self._library.no_padding()
+            self._library.decode(self._library.encode("a b").ids)
         vocab = self._library.get_vocab(with_added_tokens=True)
         if not vocab:
             raise CheckpointError(f"{path} has an empty vocabulary")
@@ -165,14 +168,26 @@ class _Fast:
         self.byte_ids = frozenset(vocab[piece] for piece in map(_byte_piece, range(256)) if piece in vocab)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._sound("cannot encode this text"):
+            return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return str(self._library.decode(list(ids), skip_special_tokens=skip_special))
+        with self._sound("cannot decode these ids"):
+            return str(self._library.decode(list(ids), skip_special_tokens=skip_special))
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._library.token_to_id(token)
         return found
+
+    @contextmanager
+    def _sound(self, otherwise: str) -> Iterator[None]:
+        """Whatever the library raises is the file's fault; where it panics, that is not even an Exception."""
+        try:
+            yield
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:
+            raise CheckpointError(f"{self._path} {otherwise} ({_line(error)}); copy it from the model again") from None
 
 
 @dataclass(frozen=True)
@@ -355,5 +370,19 @@ def token_text(token: object) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _line(error: Exception) -> str:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing reaches stderr, where a Rust library that panics writes a backtrace of its own."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())

@@ -53,6 +53,8 @@ class DirectoryWriter:
 
     def __init__(self, dst: Path, config: ModelConfig, fmt: WeightFormat, source: str) -> None:
         self.dst = dst
+        if not dst.name:
+            raise UserError(f"{dst} is not a name for a new directory; choose another destination")
         self.partial = dst.with_name(dst.name + ".partial")
         self.specs = weight_specs(config)
         formats: dict[str, WeightFormat] = {spec.name: fmt for spec in self.specs if spec.is_matrix}

@@ -39,9 +39,10 @@ def open_huggingface(path: Path) -> Source:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model")
-    config = _with_generation_eos(
-        model_config(read_json(config_file), str(config_file)), path / "generation_config.json"
-    )
+    fields = read_json(config_file)
+    if "fourfold" in fields:
+        raise CheckpointError(f"{path} is converted already; give the model that it was converted from")
+    config = _with_generation_eos(model_config(fields, str(config_file)), path / "generation_config.json")
     shards = _shards(path)
     files: list[MappedFile] = []
     tensors: dict[str, SourceTensor] = {}

@@ -144,3 +144,33 @@ def test_yuan_has_its_template_even_where_the_model_brings_none(tmp_path: Path) 
 def test_messages_are_a_role_and_a_content(messages: list[object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ChatTemplate("x").render(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a'.ljust(10000000000) }}",
+        "{{ 'a'|center(10000000000) }}",
+        "{{ ['a']|map('center', 10000000000)|list }}",
+        "{{ messages|tojson(indent=10000000000) }}",
+        "{{ '%10000000000d'|format(1) }}",
+        "{{ '%*d' % (10000000, 1) }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, '10000000000') }}",
+        "{% set a = 'a' * 1000000 %}{{ a.replace('a', a)|length }}",
+        "{% set a = 'a' * 1000000 %}{{ a|replace('a', a)|length }}",
+        "{% set a = 'a' * 1000000 %}{{ a.join(a)|length }}",
+        "{% set a = 'a' * 1000000 %}{{ a|list|join(a)|length }}",
+        "{% set a = '\t' * 1000000 %}{{ a.expandtabs(10000)|length }}",
+    ],
+)
+def test_a_text_cannot_be_made_large_enough_to_fill_the_memory(source: str) -> None:
+    with pytest.raises(UserError, match="not safe to run"):
+        ChatTemplate(source).render([{"role": "user", "content": "hi"}])
+
+
+def test_what_templates_do_with_texts_is_not_in_the_way_of_large_numbers_in_messages() -> None:
+    source = "{{ '%s!'|format(messages[0].content) }} {{ '{}{{x}}'.format(messages[0].content)|replace('1', '7') }}"
+    source += " {{ '%05.2f' % 3.14159 }} {{ messages|map(attribute='role')|join(', ')|center(8) }} {{ 7 % 3 }}"
+    rendered = ChatTemplate(source).render([{"role": "user", "content": "0123456789"}])
+    assert rendered == "0123456789! 0723456789{x} 03.14   user   1"

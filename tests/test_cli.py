@@ -133,6 +133,11 @@ def test_sampling_options_reach_the_sampler(run: Run, answers: Callable[..., Non
         (("eval", "smollm2"), "give either --text FILE or --ids FILE.npy"),
         (("eval", "smollm2", "--text", "/no/such/file"), "cannot be read as UTF-8 text"),
         (("eval", "smollm2", "--ids", __file__), "cannot be read as a .npy file"),
+        (("eval", "smollm2", "--text", __file__, "--against-format", "f32"), "name that with --against"),
+        (("run", "-p", "x", "--raw", "--chat-template", "yuan-n"), "--raw leaves the chat template out"),
+        (("run", "-p", "x", "--ranks", "99999999999999999999"), "ranks must be a whole number from 1 to 2147483647"),
+        (("run", "a" * 5000, "-p", "x"), "cannot be used: File name too long"),
+        (("quantize", ".", "/"), "has no config.json"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(arguments: tuple[str, ...], message: str, run: Run) -> None:
@@ -313,3 +318,14 @@ def start() -> Iterator[Start]:
 
 def _process(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(_command(arguments), input=input, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("closed", "status"), [("<&-", 2), (">&-", 0)])
+def test_a_standard_stream_that_is_closed_is_an_empty_one(closed: str, status: int) -> None:
+    code = SLOW.format(tests=str(Path(__file__).parent))
+    prompt = "" if closed == "<&-" else "-p x"
+    command = ["sh", "-c", f'"$0" -c "$1" run {prompt} {closed}', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert ("the prompt is empty" in done.stderr) == (status == 2)

@@ -60,6 +60,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         ({"ids": [1]}, "nothing to predict: 1 tokens"),
         ({"ids": [0.5, 1]}, "one row of whole numbers"),
         ({"ids": [1, 2], "window": 1}, "windows of 1"),
+        ({"ids": [1, 2, 3], "max_tokens": -1}, "max_tokens must be at least 2, not -1"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(llm, **options)  # type: ignore[arg-type]

@@ -127,6 +127,18 @@ def test_the_cache_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sum(len(tensor.reads) for tensor in tensors.values()) == n_reads
     assert quantize.cached(tmp_path / "model.gguf", "int8") != first
     assert verify(first)
+    assert len(list(first.parent.iterdir())) == 2  # no lock, nothing unfinished
+
+
+def test_the_cache_keeps_nothing_of_a_source_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise CheckpointError("no")
+
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    with pytest.raises(CheckpointError, match="no"):
+        quantize.cached("model.gguf", "nf4", check=refuse)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- damage and hostility ----

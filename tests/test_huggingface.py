@@ -294,3 +294,9 @@ def test_flipped_bytes_never_surprise(model: Path, data: st.DataObject) -> None:
     except REFUSALS as refusal:
         said = str(refusal)
     assert "\n" not in said
+
+
+def test_a_directory_that_is_converted_already_is_refused(model: Path) -> None:
+    (model / "config.json").write_text('{"fourfold": 1, "format": "nf4"}')
+    with pytest.raises(CheckpointError, match="is converted already; give the model that it was converted from"):
+        open_source(model)

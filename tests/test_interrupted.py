@@ -211,3 +211,15 @@ def test_a_bad_request_leaves_nothing_behind(
     with pytest.raises(UnsupportedError, match="sse9"):
         quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["/", "."])
+def test_a_destination_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is not a name for a new directory"):
+        quantize.convert(fake_source.source(fake_source.tensors()), Path(name), "nf4")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**9])
+def test_an_impossible_number_of_threads_is_refused(threads: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="threads must be a whole number from 1 to"):
+        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "x", "nf4", threads=threads)

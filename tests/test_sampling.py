@@ -155,3 +155,9 @@ def test_text_that_cannot_begin_a_stop_string_is_not_held_back() -> None:
     checker = StopChecker(["<end>"])
     assert [checker.push(piece) for piece in ("a<", "en", "b<e", "nd", ">c", "d")] == ["a", "", "<enb", "", "", ""]
     assert checker.stopped
+
+
+@pytest.mark.parametrize("stop", [5, None, ["a", 1], ""])
+def test_stop_must_be_texts(stop: object) -> None:
+    with pytest.raises(UserError, match="stop must be"):
+        SamplingParams(stop=stop)  # type: ignore[arg-type]

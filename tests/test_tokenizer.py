@@ -219,3 +219,42 @@ def test_damaged_files_are_one_sentence(files: dict[str, bytes], message: str, t
 def test_text_that_is_not_unicode_is_refused(byte_level: Tokenizer) -> None:
     with pytest.raises(UserError, match="not valid Unicode at character 1"):
         byte_level.encode("a\udc80")
+
+
+def _document(**parts: object) -> str:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model} | parts)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+        {"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"zz": 0}}},
+    ],
+)
+def test_a_tokenizer_that_makes_its_library_panic_is_refused_quietly(
+    parts: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(_document(**parts))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer that can be read \(.+\); copy it"):
+        Tokenizer.from_directory(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_text_that_a_damaged_tokenizer_cannot_encode_is_refused(tmp_path: Path) -> None:
+    vocab = {"a": 0, "b": 1, "##b": 2}
+    model = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}
+    document = _document(model=model | {"vocab": vocab}, pre_tokenizer={"type": "WhitespaceSplit"})
+    (tmp_path / "tokenizer.json").write_text(document)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot encode this text"):
+        tokenizer.encode("zebra")

@@ -33,71 +33,89 @@ constexpr std::array<uint8_t, 64> byte_table(Format f) {
     return table;
 }
 
-// The dot products of one 64-byte vector of u (4 inputs of 16 outputs) with 4 inputs of each row, hi and lo.
-template <size_t ROWS>
-inline void dot(__m512i u, const uint8_t* const (&x)[ROWS], size_t at, __m512i (&hi)[ROWS], __m512i (&lo)[ROWS]) {
-    for (size_t r = 0; r < ROWS; ++r) {
-        int32_t h, l;
-        std::memcpy(&h, x[r] + at, 4);
-        std::memcpy(&l, x[r] + at + kTileK, 4);
-        hi[r] = _mm512_dpbusd_epi32(hi[r], u, _mm512_set1_epi32(h));
-        lo[r] = _mm512_dpbusd_epi32(lo[r], u, _mm512_set1_epi32(l));
-    }
-}
+constexpr size_t kTogether = 2;   // panels, for one token
+constexpr size_t kAhead = 2048;  // bytes that a load is asked for before it happens
 
-constexpr size_t kAhead = 2048;  // bytes
-
-// Rows [m, m + ROWS) of x times panel p.
-template <Format F, size_t ROWS>
+// Rows [m, m + ROWS) of x times panels [p, p + PANELS), which are walked together: as many streams for the memory, and
+// each broadcast of x serves them all.
+template <Format F, size_t ROWS, size_t PANELS>
 void multiply(const LinearArgs& a, size_t p, size_t m) {
     alignas(64) static constexpr auto kTable = byte_table(is_4bit(F) ? F : Format::nf4);
     const __m512i table = _mm512_load_si512(kTable.data());
-    const size_t row_bytes = I16Row::bytes(a.k_tiles);
-    const uint8_t* rows[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) rows[r] = a.x + (m + r) * row_bytes;
+    const size_t row_bytes = I16Row::bytes(a.k_tiles), stride = panel_bytes(F, a.k_tiles);
+    const uint8_t* const rows = a.x + m * row_bytes;
+    const uint8_t* const panels = a.panels + p * stride;
 
-    const uint8_t* panel = a.panels + p * panel_bytes(F, a.k_tiles);
-    const __m512 unit = _mm512_set1_ps(a.panel_scales[p] / units(F));
-    __m512 total[ROWS];
-    for (size_t r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    __m512 total[PANELS][ROWS];
+    for (auto& panel : total)
+        for (__m512& sum : panel) sum = _mm512_setzero_ps();
     for (size_t t = 0; t < a.k_tiles; ++t) {
-        const uint8_t* codes = panel + code_offset(F, t, a.k_tiles);
-        const uint8_t* x[ROWS];
-        __m512i hi[ROWS], lo[ROWS];
-        for (size_t r = 0; r < ROWS; ++r) {
-            x[r] = rows[r] + t * I16Row::tile_bytes;
-            hi[r] = _mm512_setzero_si512();
-            lo[r] = _mm512_set1_epi32(I16Row::offsets(rows[r], a.k_tiles)[t]);
-        }
+        const uint8_t* const x = rows + t * I16Row::tile_bytes;
+        const uint8_t* const codes = panels + code_offset(F, t, a.k_tiles);
+        __m512i hi[PANELS][ROWS], lo[PANELS][ROWS];
+        for (size_t i = 0; i < PANELS; ++i)
+            for (size_t r = 0; r < ROWS; ++r) {
+                hi[i][r] = _mm512_setzero_si512();
+                lo[i][r] = _mm512_set1_epi32(I16Row::offsets(rows + r * row_bytes, a.k_tiles)[t]);
+            }
+        // u holds 4 inputs of each panel's 16 outputs; x's same 4 inputs are at byte `at` of its tile.
+        const auto dot = [&](const __m512i(&u)[PANELS], size_t at) {
+            for (size_t r = 0; r < ROWS; ++r) {
+                int32_t high, low;
+                std::memcpy(&high, x + r * row_bytes + at, 4);
+                std::memcpy(&low, x + r * row_bytes + kTileK + at, 4);
+                for (size_t i = 0; i < PANELS; ++i) {
+                    hi[i][r] = _mm512_dpbusd_epi32(hi[i][r], u[i], _mm512_set1_epi32(high));
+                    lo[i][r] = _mm512_dpbusd_epi32(lo[i][r], u[i], _mm512_set1_epi32(low));
+                }
+            }
+        };
 #pragma GCC unroll 8
         for (size_t g = 0; g < 8; ++g) {
-            _mm_prefetch(reinterpret_cast<const char*>(codes + g * (code_bytes(F) / 8) + kAhead), _MM_HINT_T0);
-            if constexpr (F == Format::int8) {
-                const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
-                dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128), bias), x, g * 8, hi, lo);
-                dot<ROWS>(_mm512_xor_si512(load64(codes + g * 128 + 64), bias), x, g * 8 + 4, hi, lo);
-            } else {
-                const __m512i v = load64(codes + g * 64);
-                dot<ROWS>(_mm512_permutexvar_epi8(v, table), x, g * 8, hi, lo);
-                dot<ROWS>(_mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table), x, g * 8 + 4, hi, lo);
+            constexpr size_t kStep = code_bytes(F) / 8;
+            __m512i first[PANELS], second[PANELS];  // inputs 0-3 and 4-7 of the group
+            for (size_t i = 0; i < PANELS; ++i) {
+                const uint8_t* at = codes + i * stride + g * kStep;
+                _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+                if constexpr (F == Format::int8) {
+                    _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + 64), _MM_HINT_T0);
+                    const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
+                    first[i] = _mm512_xor_si512(load64(at), to_unsigned);
+                    second[i] = _mm512_xor_si512(load64(at + 64), to_unsigned);
+                } else {
+                    const __m512i v = load64(at);
+                    first[i] = _mm512_permutexvar_epi8(v, table);
+                    second[i] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table);
+                }
+            }
+            dot(first, g * 8);
+            dot(second, g * 8 + 4);
+        }
+        for (size_t i = 0; i < PANELS; ++i) {
+            const __m512 unit = _mm512_set1_ps(a.panel_scales[p + i] / units(F));
+            const __m512 scale = tile_scales(panels + i * stride + scale_offset(F, t), unit);
+            for (size_t r = 0; r < ROWS; ++r) {
+                const __m512i sum = _mm512_add_epi32(lo[i][r], _mm512_slli_epi32(hi[i][r], 8));
+                const float x_scale = I16Row::scales(rows + r * row_bytes, a.k_tiles)[t];
+                total[i][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)),
+                                              total[i][r]);
             }
         }
-        const __m512 scale = tile_scales(panel + scale_offset(F, t), unit);
-        for (size_t r = 0; r < ROWS; ++r) {
-            const __m512i sum = _mm512_add_epi32(lo[r], _mm512_slli_epi32(hi[r], 8));
-            const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(I16Row::scales(rows[r], a.k_tiles)[t]));
-            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), step, total[r]);
-        }
     }
-    for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN, total[r]);
+    for (size_t i = 0; i < PANELS; ++i)
+        for (size_t r = 0; r < ROWS; ++r)
+            _mm512_storeu_ps(a.y + (m + r) * a.y_stride + (p + i) * kTileN, total[i][r]);
 }
 
 }  // namespace
 
 template <Format F>
 void linear_i16_avx512(const LinearArgs& a) {
-    for (size_t p = 0; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
-        by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows>(a, p, m); });
+    size_t p = 0;
+    if (a.m == 1)
+        for (; p + kTogether <= a.n_panels; p += kTogether) multiply<F, 1, kTogether>(a, p, 0);
+    for (; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
+        by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows, 1>(a, p, m); });
 }
 template void linear_i16_avx512<Format::nf4>(const LinearArgs&);
 template void linear_i16_avx512<Format::int4>(const LinearArgs&);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -161,12 +161,27 @@ def _sandbox() -> Any:
         if isinstance(form, str) and re.search(r"\d{8}|%[^a-zA-Z%]*\*|\{[^{}]*\{[^{]", form.replace("{{", "")):
             raise SecurityError("a format with a width that is too large or not fixed")
 
+    # Length of what a text grows to: `text.replace(old, new)`, `text.join(parts)`, `text.expandtabs(width)`.
+    grown: dict[str, Callable[..., int]] = {
+        "replace": lambda text, old, new, *_: text.count(old) * len(new),
+        "join": lambda text, parts: len(text) * (len(parts) if hasattr(parts, "__len__") else LOOP_LIMIT),
+        "expandtabs": lambda text, width=8: text.count("\t") * width,
+    }
+
+    def check_growth(method: str, text: Any, args: tuple[Any, ...]) -> None:
+        if isinstance(text, str) and grown[method](text, *args) > SIZE_LIMIT:
+            raise SecurityError(f"the result of {method} would be too large")
+
     def bounded_filter(name: str, function: Any) -> Any:
         @functools.wraps(function)  # with the mark of what Jinja is to pass as the first argument
         def bounded(*args: Any, **kwargs: Any) -> Any:
             check_numbers(*args[1:], **kwargs)
             if name == "format":
                 check_form(args[0])
+            if name == "replace":  # behind Jinja's own argument
+                check_growth(name, args[1], args[2:])
+            if name == "join":
+                check_growth(name, args[2] if len(args) > 2 else kwargs.get("d"), args[1:2])
             return function(*args, **kwargs)
 
         return bounded
@@ -175,9 +190,11 @@ def _sandbox() -> Any:
         intercepted_binops = frozenset({"+", "*", "**", "%"})
         turns = 0
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
             check_numbers(*args, **kwargs)
-            return super().call(__context, __obj, *args, **kwargs)
+            if (method := getattr(function, "__name__", "")) in grown:
+                check_growth(method, getattr(function, "__self__", None), args)
+            return super().call(context, function, *args, **kwargs)
 
         def wrap_str_format(self, value: Any) -> Any:
             wrapped = super().wrap_str_format(value)
@@ -230,8 +247,10 @@ def _sandbox() -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    sandbox.filters = {name: bounded_filter(name, function) for name, function in sandbox.filters.items()}
-    sandbox.filters |= {"tojson": tojson, "count_turns": sandbox.count_turns, "check_size": sandbox.check_size}
+    sandbox.filters = {
+        name: bounded_filter(name, function) for name, function in (sandbox.filters | {"tojson": tojson}).items()
+    }
+    sandbox.filters |= {"count_turns": sandbox.count_turns, "check_size": sandbox.check_size}
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return sandbox
 

@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console entry point: runs a command and exits with its status."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the whole of the process)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
@@ -336,5 +336,5 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "there is no room for the output; make room on its disk", 2
     if isinstance(error, MemoryError):
-        return "there is not enough memory for this; free some, or ask for a smaller --context", 2
+        return "there is not enough memory for this; free some, or ask for a smaller --context", 1
     return f"{type(error).__name__}: {error} (FOURFOLD_DEBUG=1 shows where)", 1

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fourfold.chat_template import ChatTemplate, Message
+from fourfold.checkpoint.fields import MAX_SIZE
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
 from fourfold.errors import UserError
@@ -300,8 +301,8 @@ def _ids(values: ArrayLike, what: str) -> list[int]:
 def _check_options(**options: object) -> None:
     for name in ("ranks", "threads", "context"):
         value = options[name]
-        if value is not None and not (type(value) is int and 1 <= value < 2**31):
-            raise UserError(f"{name} must be a whole number of at least 1 and below 2^31, not {value!r}")
+        if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):
+            raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
     for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16"))):
         if options[name] is not None and options[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {options[name]!r}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,11 +160,12 @@ class _Fast:
             self._library = Library.from_file(str(path))
             self._library.no_truncation()
             self._library.no_padding()
-            self._library.decode(self._library.encode("a b").ids)
+            probe = self._library.encode("a b").ids  # with what the post-processor adds
+            self._library.decode(probe)
         vocab = self._library.get_vocab(with_added_tokens=True)
         if not vocab:
             raise CheckpointError(f"{path} has an empty vocabulary")
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab_size = max([*vocab.values(), *probe]) + 1
         self.byte_ids = frozenset(vocab[piece] for piece in map(_byte_piece, range(256)) if piece in vocab)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:

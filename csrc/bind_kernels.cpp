@@ -5,14 +5,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "names.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -23,13 +22,6 @@ namespace {
 template <class T, int DIMS>
 using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::c_contig, nb::device::cpu>;
 
-template <class E, size_t N>
-E named(const std::array<std::string_view, N>& names, const std::string& name, const char* what) {
-    const auto it = std::find(names.begin(), names.end(), name);
-    if (it == names.end()) throw std::invalid_argument("unknown " + std::string(what) + ": " + name);
-    return static_cast<E>(it - names.begin());
-}
-Isa isa_named(const std::string& name) { return named<Isa>(kIsaNames, name, "instruction set"); }
 const RowKernels& rows_named(const std::string& isa) { return row_kernels(isa_named(isa)); }
 
 nb::list table() {
@@ -74,7 +66,7 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
             Array<const float, 2> values, Array<const int32_t, 1> n_positions, Array<float, 2> out) {
     const RowKernels& rows = rows_named(isa);
     const size_t d = q.shape(1), t = keys.shape(0);
-    const auto format = named<KvFormat>(std::to_array(kKvNames), kv, "KV format");
+    const auto format = kv_named(kv);
     if (q.shape(0) > kAttendQueries || n_positions.shape(0) != q.shape(0) || values.shape(0) != t || keys.shape(1) != d)
         throw std::invalid_argument("attend: the arrays' shapes do not agree");
     const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage;
@@ -113,7 +105,7 @@ void bind_kernels(nb::module_& m) {
     m.def(
         "choose_linear",
         [](const std::string& isa, const std::string& format, size_t m) {
-            return std::string(choose_linear(isa_named(isa), named<Format>(kFormatNames, format, "format"), m).name);
+            return std::string(choose_linear(isa_named(isa), format_named(format), m).name);
         },
         "isa"_a, "format"_a, "m"_a, "The row that M tokens in a format take on an ISA.");
     m.def("linear", &linear, "kernel"_a, "isa"_a, "panels"_a, "scales"_a.none(), "x"_a, "y"_a.noconvert());

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "machine.h"
+#include "names.h"
 #include "pack.h"
 
 namespace nb = nanobind;
@@ -19,12 +20,6 @@ namespace {
 using Rows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu, nb::ro>;
 template <class T, size_t kDims, class... Access>
 using Array = nb::ndarray<T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu, Access...>;
-
-Format parse_format(std::string_view name) {
-    const auto found = std::find(kFormatNames.begin(), kFormatNames.end(), name);
-    if (found == kFormatNames.end()) throw std::invalid_argument("unknown format: " + std::string(name));
-    return static_cast<Format>(found - kFormatNames.begin());
-}
 
 SourceType source_type(const Rows& rows) {
     if (rows.dtype() == nb::dtype<float>()) return SourceType::f32;
@@ -60,7 +55,7 @@ void bind_pack(nb::module_& m) {
         "pack",
         [](const Rows& rows, std::string_view format_name, const Array<uint8_t, 2>& panels,
            const std::optional<Array<float, 1>>& scales, size_t threads, const std::optional<std::string>& isa_name) {
-            const Format format = parse_format(format_name);
+            const Format format = format_named(format_name);
             const PackArgs args{rows.data(),
                                 source_type(rows),
                                 rows.shape(0),
@@ -88,7 +83,7 @@ void bind_pack(nb::module_& m) {
         "unpack",
         [](const Array<uint8_t, 2, nb::ro>& panels, const std::optional<Array<float, 1, nb::ro>>& scales,
            std::string_view format_name, const Array<float, 2>& out) {
-            const Format format = parse_format(format_name);
+            const Format format = format_named(format_name);
             const float* panel_scales = scales ? scales->data() : nullptr;
             check(format, out.shape(0), out.shape(1), panels.shape(0), panels.shape(1), panel_scales,
                   scales ? scales->shape(0) : 0);

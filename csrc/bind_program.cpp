@@ -9,8 +9,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-
+#include "names.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -22,18 +21,6 @@ namespace {
 template <class T, int DIMS>
 using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::c_contig, nb::device::cpu>;
 using Ranges = std::vector<std::pair<size_t, size_t>>;
-
-template <size_t N>
-size_t index_of(const std::array<std::string_view, N>& names, const std::string& name, const char* what) {
-    const auto it = std::find(names.begin(), names.end(), name);
-    if (it == names.end()) throw std::invalid_argument("unknown " + std::string(what) + ": " + name);
-    return static_cast<size_t>(it - names.begin());
-}
-Format format_named(const std::string& name) { return static_cast<Format>(index_of(kFormatNames, name, "format")); }
-Isa isa_named(const std::string& name) { return static_cast<Isa>(index_of(kIsaNames, name, "instruction set")); }
-KvFormat kv_named(const std::string& name) {
-    return static_cast<KvFormat>(index_of(std::to_array(kKvNames), name, "KV format"));
-}
 
 std::vector<Range> ranges(const Ranges& pairs) {
     std::vector<Range> out;
@@ -48,14 +35,28 @@ std::shared_ptr<Weight> make_weight(const std::string& format, size_t n, size_t 
     return std::make_shared<Weight>(format_named(format), n, k, std::move(cut), team);
 }
 
-void load_weight(Weight& w, Team& team, Array<const uint8_t, 2> panels, std::optional<Array<const float, 1>> scales) {
-    if (panels.shape(0) != panels_of(w.n) || panels.shape(1) != panel_bytes(w.format, tiles_of(w.k)))
+// Runs f without the interpreter's lock. Where a thread stalls, it may still touch the arrays that it was given: they
+// are then kept for good.
+template <class F, class... Held>
+void keep_on_stall(F f, const Held&... held) {
+    try {
+        nb::gil_scoped_release free_threads;
+        f();
+    } catch (const StallError&) {
+        new std::tuple<Held...>(held...);
+        throw;
+    }
+}
+
+void load_weight(std::shared_ptr<Weight> w, Team& team, Array<const uint8_t, 2> panels,
+                 std::optional<Array<const float, 1>> scales) {
+    if (panels.shape(0) != panels_of(w->n) || panels.shape(1) != panel_bytes(w->format, tiles_of(w->k)))
         throw std::invalid_argument("the panels do not have the weight's shape");
-    if (has_scales(w.format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
+    if (has_scales(w->format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
         throw std::invalid_argument("one scale for each panel of a scaled format is needed, none for another");
     const float* s = scales ? scales->data() : nullptr;
-    nb::gil_scoped_release free_threads;
-    team.run([&w, data = panels.data(), s](Worker& worker) { w.load(worker, data, s); });
+    keep_on_stall([&] { team.run([&w = *w, data = panels.data(), s](Worker& worker) { w.load(worker, data, s); }); }, w,
+                  panels, scales);
 }
 
 Vectors vectors(const std::vector<Array<const float, 1>>& arrays) {
@@ -70,19 +71,18 @@ void step(Program& p, Array<const int32_t, 1> tokens, Array<const int32_t, 2> se
           Array<const int32_t, 1> output_rows, Array<float, 2> logits) {
     if (sequences.shape(1) != 4 || pages.shape(0) != sequences.shape(0) || logits.shape(0) != output_rows.shape(0))
         throw std::invalid_argument("step: the arrays' shapes do not agree");
-    std::vector<SequenceRows> rows;
+    auto rows = std::make_shared<std::vector<SequenceRows>>();
     for (size_t i = 0; i < sequences.shape(0); ++i) {
         const int32_t* s = sequences.data() + 4 * i;
-        rows.push_back({s[0], s[1], s[2], s[3], pages.data() + i * pages.shape(1)});
+        rows->push_back({s[0], s[1], s[2], s[3], pages.data() + i * pages.shape(1)});
     }
     Step step{};
     step.tokens = {tokens.data(), tokens.shape(0)};
-    step.sequences = rows;
+    step.sequences = *rows;
     step.output_rows = {output_rows.data(), output_rows.shape(0)};
     step.logits = logits.data();
     step.logits_stride = logits.shape(1);
-    nb::gil_scoped_release free_threads;
-    p.step(step);
+    keep_on_stall([&] { p.step(step); }, rows, tokens, pages, logits, output_rows);
 }
 
 }  // namespace
@@ -171,4 +171,6 @@ void bind_program(nb::module_& m) {
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");
     m.attr("PAGE") = kPage;
+    m.attr("MAX_RANKS") = kMaxRanks;
+    m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

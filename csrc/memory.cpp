@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <new>
 #include <vector>
 
@@ -12,7 +13,8 @@ namespace fourfold {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
-}
+std::atomic<bool> unbound{false};
+}  // namespace
 
 NodeMemory::NodeMemory(size_t bytes, int node) {
     if (bytes == 0) return;
@@ -35,9 +37,11 @@ NodeMemory::NodeMemory(size_t bytes, int node) {
         constexpr size_t kBits = 8 * sizeof(unsigned long);
         std::vector<unsigned long> mask(static_cast<size_t>(node) / kBits + 1);
         mask[static_cast<size_t>(node) / kBits] |= 1ul << (static_cast<size_t>(node) % kBits);
-        syscall(SYS_mbind, data_, bytes_, MPOL_BIND, mask.data(), mask.size() * kBits + 1, 0);
+        if (syscall(SYS_mbind, data_, bytes_, MPOL_BIND, mask.data(), mask.size() * kBits + 1, 0) != 0) unbound = true;
     }
 }
+
+bool NodeMemory::all_bound() { return !unbound; }
 
 NodeMemory::~NodeMemory() {
     if (data_) munmap(data_, bytes_);

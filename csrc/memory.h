@@ -30,6 +30,9 @@ class NodeMemory {
     }
     size_t bytes() const { return bytes_; }
 
+    // Whether every binding that was asked for so far was granted.
+    static bool all_bound();
+
   private:
     uint8_t* data_ = nullptr;
     size_t bytes_ = 0;  // as mapped

@@ -96,8 +96,7 @@ void ReduceOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t r = worker.rank;
     const auto [c0, c1] = worker.share(to.width[r], kLine);
     if (c0 == c1) return;
-    constexpr size_t kMostRanks = 64;
-    const float* parts[kMostRanks];
+    const float* parts[kMaxRanks];
     for (size_t m = 0; m < Ops::n_rows(from, step); ++m) {
         for (size_t i = 0; i < worker.n_ranks; ++i) parts[i] = from.row(i, m) + c0;
         Ops::rows(p).add_parts(plus.row(r, m) + c0, parts, worker.n_ranks, bias.empty() ? nullptr : bias[r].data() + c0,

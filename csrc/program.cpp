@@ -15,10 +15,10 @@ constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes to
 Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
     : team_(std::move(team)), options_(std::move(options)), rows_(row_kernels(options_.isa)) {
     if (!options_.kernel.empty()) {
-        const LinearKernel* forced = find_linear(options_.kernel);
-        if (!forced) throw std::invalid_argument("there is no kernel named " + options_.kernel);
-        if (forced->isa > options_.isa)
-            throw std::invalid_argument("kernel " + options_.kernel + " needs " + std::string(to_string(forced->isa)));
+        forced_ = find_linear(options_.kernel);
+        if (!forced_) throw std::invalid_argument("there is no kernel named " + options_.kernel);
+        if (forced_->isa > options_.isa)
+            throw std::invalid_argument("kernel " + options_.kernel + " needs " + std::string(to_string(forced_->isa)));
     }
     row_sequence_.resize(options_.max_tokens);
     row_position_.resize(options_.max_tokens);
@@ -28,8 +28,7 @@ Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
 Program::~Program() = default;
 
 const LinearKernel& Program::kernel(Format format, size_t m) const {
-    if (!options_.kernel.empty())
-        if (const LinearKernel* forced = find_linear(options_.kernel); forced->format == format) return *forced;
+    if (forced_ && forced_->format == format) return *forced_;
     return choose_linear(options_.isa, format, m);
 }
 
@@ -104,6 +103,9 @@ void Program::add_with_previous(int src, int dst) {
 void Program::add_select(int src, int dst) { ops_.push_back(std::make_unique<SelectOp>(src, dst)); }
 
 void Program::finish() {
+    if (forced_ &&
+        std::none_of(weights_.begin(), weights_.end(), [&](const auto& w) { return w->format == forced_->format; }))
+        throw std::invalid_argument("kernel " + options_.kernel + " reads a format that no weight has");
     size_t widest = 0;
     for (const auto& w : weights_) widest = std::max(widest, tiles_of(w->k) * kTileK * sizeof(float));
     const size_t scratch =
@@ -119,6 +121,7 @@ void Program::finish() {
 }
 
 void Program::step(const Step& given) {
+    const std::lock_guard turn(turn_);
     Step step = given;
     blocks_.clear();
     for (size_t i = 0; i < step.sequences.size(); ++i) {

@@ -6,6 +6,7 @@
 #pragma once
 #include <map>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -99,10 +100,11 @@ class Program : public std::enable_shared_from_this<Program> {
     // dst = [src of the token before | src]; the first token of a sequence has zeros before it.
     void add_with_previous(int src, int dst);
     void add_select(int src, int dst);  // the step's output rows
-    // Allocates caches and scratch; the program is then complete.
+    // Allocates caches and scratch; the program is then complete. Throws std::invalid_argument where the forced kernel
+    // reads a format that no weight has.
     void finish();
 
-    // One step. The caller has checked sizes: rows <= max_tokens, positions < context, ids in range.
+    // One step; callers take turns. They have checked sizes: rows <= max_tokens, positions < context, ids in range.
     void step(const Step& step);
 
     size_t kv_bytes() const;  // of all ranks' caches
@@ -122,6 +124,8 @@ class Program : public std::enable_shared_from_this<Program> {
     std::shared_ptr<Team> team_;
     const ProgramOptions options_;
     const RowKernels& rows_;
+    const LinearKernel* forced_ = nullptr;
+    std::mutex turn_;  // held by the caller of step
     std::vector<Buffer> buffers_;
     std::vector<std::shared_ptr<Weight>> weights_;
     std::vector<float> cosines_, sines_;

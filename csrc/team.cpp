@@ -32,10 +32,22 @@ struct Worker::State {
     size_t n_workers = 0;
     int spins = 0;
     std::chrono::duration<double> timeout{};
+    std::mutex turn;   // held by the caller of run
     std::mutex mutex;  // guards the rest
     Team::Job job;
     std::exception_ptr error;
     std::map<std::pair<size_t, size_t>, double> stalls;
+
+    // For tests: sleeps as stall_next asked.
+    void nap(size_t rank, size_t thread) {
+        std::unique_lock lock(mutex);
+        const auto it = stalls.find({rank, thread});
+        if (it == stalls.end()) return;
+        const std::chrono::duration<double> seconds(it->second);
+        stalls.erase(it);
+        lock.unlock();
+        std::this_thread::sleep_for(seconds);
+    }
 
     void fail(std::exception_ptr e) {
         {
@@ -54,11 +66,17 @@ struct Worker::State {
             if (flag.value.load(std::memory_order_acquire) >= target) return;
             _mm_pause();
         }
-        const auto start = Clock::now();
+        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
+        std::chrono::duration<double> waited{};
+        auto last = Clock::now();
         for (size_t i = 0; flag.value.load(std::memory_order_acquire) < target; ++i) {
             if (broken) throw StallError("another thread failed");
             sched_yield();
-            if (i % 64 == 63 && Clock::now() - start > timeout * patience) {
+            if (i % 64 != 63) continue;
+            const auto now = Clock::now();
+            waited += std::min<std::chrono::duration<double>>(now - last, std::chrono::milliseconds(100));
+            last = now;
+            if (waited > timeout * patience) {
                 const StallError e(who());
                 fail(std::make_exception_ptr(e));
                 throw e;
@@ -115,7 +133,8 @@ void Worker::barrier_all() {
 }
 
 Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move(plan)) {
-    if (plan_.empty()) throw std::invalid_argument("a team needs at least one rank");
+    if (plan_.empty() || plan_.size() > kMaxRanks)
+        throw std::invalid_argument("a team has 1 to " + std::to_string(kMaxRanks) + " ranks");
     state_ = std::make_shared<Worker::State>();
     Worker::State& s = *state_;
     std::vector<int> used;
@@ -132,50 +151,48 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
     const bool shared_cpus = std::adjacent_find(used.begin(), used.end()) != used.end();
     s.spins = shared_cpus ? 0 : 20000;  // about 0.3 ms: longer than any wait in a step but the stragglers'
 
-    for (size_t r = 0; r < plan_.size(); ++r)
-        for (size_t t = 0; t < plan_[r].cpus.size(); ++t)
-            threads_.emplace_back([state = state_, r, t, n_ranks = plan_.size(), n_threads = plan_[r].cpus.size(),
-                                   cpu = plan_[r].cpus[t]] {
-                cpu_set_t set;
-                CPU_ZERO(&set);
-                CPU_SET(cpu, &set);
-                pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
-                Worker worker(*state, r, t, n_ranks, n_threads);
-                for (uint32_t seen = 0;; ++seen) {
-                    for (int i = 0; i < state->spins && state->generation.load(std::memory_order_acquire) == seen; ++i)
-                        _mm_pause();
-                    state->generation.wait(seen, std::memory_order_acquire);
-                    if (state->closing) return;
-                    Job job;
-                    double nap = 0;
-                    {
-                        std::lock_guard lock(state->mutex);
-                        if (const auto it = state->stalls.find({r, t}); it != state->stalls.end()) {
-                            nap = it->second;
-                            state->stalls.erase(it);
-                        }
-                    }
-                    if (nap > 0) std::this_thread::sleep_for(std::chrono::duration<double>(nap));
-                    try {
-                        std::unique_lock lock(state->mutex);
-                        if (!state->broken) job = state->job;
-                        lock.unlock();
-                        if (job) job(worker);
-                    } catch (...) {
-                        state->fail(std::current_exception());
-                    }
-                    // After a failure the caller may be gone, and with it what the job holds: then it is left alone.
-                    state->broken ? static_cast<void>(new Job(std::move(job))) : static_cast<void>(job = nullptr);
-                    if (state->n_done.fetch_add(1) + 1 == state->n_workers) {
-                        state->finished = state->generation.load();
-                        state->finished.notify_all();
-                    }
-                    if (state->broken) return;
-                }
-            });
+    try {
+        for (size_t r = 0; r < plan_.size(); ++r)
+            for (size_t t = 0; t < plan_[r].cpus.size(); ++t)
+                threads_.emplace_back(serve, state_, r, t, plan_.size(), plan_[r].cpus.size(), plan_[r].cpus[t]);
+    } catch (...) {
+        close();
+        throw;
+    }
 }
 
-Team::~Team() {
+// A thread's life: sleep, take the job, run it, say so.
+void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks, size_t n_threads,
+                 int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
+    Worker worker(*state, rank, thread, n_ranks, n_threads);
+    for (uint32_t seen = 0; !state->broken; ++seen) {
+        for (int i = 0; i < state->spins && state->generation.load(std::memory_order_acquire) == seen; ++i) _mm_pause();
+        state->generation.wait(seen, std::memory_order_acquire);
+        if (state->closing) return;
+        state->nap(rank, thread);
+        Job job;
+        try {
+            std::unique_lock lock(state->mutex);
+            if (!state->broken) job = state->job;
+            lock.unlock();
+            if (job) job(worker);
+        } catch (...) {
+            state->fail(std::current_exception());
+        }
+        // After a failure the caller may be gone, and with it what the job holds: then it is left alone.
+        state->broken ? static_cast<void>(new Job(std::move(job))) : static_cast<void>(job = nullptr);
+        if (state->n_done.fetch_add(1) + 1 == state->n_workers) {
+            state->finished = state->generation.load();
+            state->finished.notify_all();
+        }
+    }
+}
+
+void Team::close() {
     state_->closing = true;
     ++state_->generation;
     state_->generation.notify_all();
@@ -183,8 +200,11 @@ Team::~Team() {
     for (std::thread& t : threads_) state_->broken ? t.detach() : t.join();
 }
 
+Team::~Team() { close(); }
+
 void Team::run(Job job) {
     Worker::State& s = *state_;
+    const std::lock_guard turn(s.turn);
     if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");
     {
         std::lock_guard lock(s.mutex);

@@ -17,6 +17,8 @@
 
 namespace fourfold {
 
+constexpr size_t kMaxRanks = 64;
+
 struct RankPlan {
     int node;               // where its memory goes: the kernel's number, or kAnyNode
     std::vector<int> cpus;  // one thread each; the same CPU may stand in several ranks
@@ -57,14 +59,15 @@ class Team {
   public:
     using Job = std::function<void(Worker&)>;
 
-    // Throws std::invalid_argument for no ranks or a rank without CPUs.
+    // Throws std::invalid_argument for no ranks, more than kMaxRanks, or a rank without CPUs; std::system_error where
+    // the system gives no more threads.
     explicit Team(std::vector<RankPlan> plan, double timeout_seconds = 60);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     // Every thread of every rank runs the job once; returns when all have. Rethrows the first exception of a job; after
-    // any failure the team is broken and every later call throws StallError. Not to be called by two threads at once.
+    // any failure the team is broken and every later call throws StallError. Callers take turns.
     void run(Job job);
 
     const std::vector<RankPlan>& plan() const { return plan_; }
@@ -73,6 +76,9 @@ class Team {
     void stall_next(size_t rank, size_t thread, double seconds);
 
   private:
+    static void serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks,
+                      size_t n_threads, int cpu);
+    void close();
     std::vector<RankPlan> plan_;
     std::shared_ptr<Worker::State> state_;
     std::vector<std::thread> threads_;

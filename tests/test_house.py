@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_a_floor_never_looks_up(path: Path) -> None:
         assert FLOOR[target] <= FLOOR[module], f"{module} looks up to {target}"
 
 
+# The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
+NATIVE_FLOORS = (
+    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "team"),
+    ("kernels", "pack", "probe", "weight"),
+    ("program", "ops", "ops_attention"),
+    ("names", "bindings", "bind_kernels", "bind_machine", "bind_pack", "bind_probe", "bind_program"),
+)
+NATIVE_FLOOR = {unit: number for number, floor in enumerate(NATIVE_FLOORS) for unit in floor}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
+def test_a_native_floor_never_looks_up(path: Path) -> None:
+    unit = path.relative_to(ROOT / "csrc").parts[0].split(".")[0]
+    for target in re.findall(r'#include "([a-z_]+)[./]', path.read_text(encoding="utf-8")):
+        assert NATIVE_FLOOR[unit] >= NATIVE_FLOOR[target], f"{path.name} looks up to {target}"
+
+
 def test_all_is_what_is_exported() -> None:
     for name in fourfold.__all__:
         assert getattr(fourfold, name) is not None
@@ -67,8 +85,8 @@ def test_importing_fourfold_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for folder in ("src", "csrc", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.*"))
-     if p.suffix in (".py", ".cpp", ".h", ".inc")],
+    [p for folder in ("src", "csrc", "tests") for p in sorted((ROOT / folder).rglob("*.*"))
+     if p.suffix in (".py", ".cpp", ".h", ".inl")],
     ids=lambda path: str(path.relative_to(ROOT)),
 )  # fmt: skip
 def test_no_file_is_too_long_to_read(path: Path) -> None:

@@ -214,3 +214,14 @@ def test_the_table_chooses_these_rows(isa: str, fmt: str) -> None:
         expected = {(1, 16, 17, 512): f"linear_{{}}_f32_{'avx512' if isa == 'amx' else isa}"}
     for ms, pattern in expected.items():
         assert {m: _core.choose_linear(isa, fmt, m) for m in ms} == dict.fromkeys(ms, pattern.format(fmt))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_a_number_stays_so(name: str, bad: float) -> None:
+    matrix = some_matrix(ROWS[name]["format"], 16, 200)
+    x = np.random.default_rng(5).standard_normal((3, 200), dtype=np.float32)
+    x[1, 70] = bad
+    got = run(name, x, matrix)
+    assert not np.isfinite(got[1]).any()
+    assert np.isfinite(got[[0, 2]]).all()

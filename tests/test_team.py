@@ -114,7 +114,7 @@ def test_every_thread_is_pinned_to_its_cpu_and_ends_with_its_team(n_ranks: int, 
     assert eventually(lambda: set(allowed_cpus()) <= set(before))
 
 
-@pytest.mark.parametrize(("ranks", "message"), [([], "at least one rank"), ([(-1, [])], "at least one CPU")])
+@pytest.mark.parametrize(("ranks", "message"), [([], "1 to 64 ranks"), ([(-1, [])], "at least one CPU")])
 def test_a_team_without_threads_is_refused(ranks: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _core.Team(ranks, 60.0)

@@ -25,7 +25,7 @@ enum class Activation : uint8_t {
 constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
 
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
-// A tile with nothing above 1e-30 is zero.
+// A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
 //   k_tiles times: 64 bytes hi, 64 bytes lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
 // Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again.
 struct I16Row {

@@ -65,10 +65,17 @@ inline void take_tile(const float* row, size_t t, size_t k, float (&tile)[kTileK
 }
 
 inline void pack_i16(const float (&x)[kTileK], uint8_t* codes, float* scale, int32_t* offset) {
-    Vec biggest = zero();
+    Vec biggest = zero(), poison = zero();  // poison: 0, or NaN where x holds NaN or infinity
     for (size_t i = 0; i < kTileK; i += kLanes) {
         const Vec v = load(x + i);
         biggest = max(biggest, max(v, sub(zero(), v)));
+        poison = fma(v, zero(), poison);
+    }
+    if (const float p = sum(poison); p != 0) {
+        std::memset(codes, 0, I16Row::tile_bytes);
+        *scale = p;
+        *offset = 0;
+        return;
     }
     const float most = largest(biggest), step = most / 32512.0f, inverse = most > 1e-30f ? 32512.0f / most : 0.0f;
     int32_t total = 0;

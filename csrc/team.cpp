@@ -170,7 +170,7 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
     Worker worker(*state, rank, thread, n_ranks, n_threads);
     for (uint32_t seen = 0; !state->broken; ++seen) {
-        for (int i = 0; i < state->spins && state->generation.load(std::memory_order_acquire) == seen; ++i) _mm_pause();
+        // No spinning here: the caller needs one of these CPUs to get to its next step.
         state->generation.wait(seen, std::memory_order_acquire);
         if (state->closing) return;
         state->nap(rank, thread);

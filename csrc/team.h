@@ -4,7 +4,8 @@
 //   barrier  all threads of a rank;  barrier_all: all threads of all ranks
 //
 // Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in StallError, and
-// the team is broken from then on. Between jobs threads spin for a moment, then sleep: an idle team uses no CPU.
+// the team is broken from then on. Inside a job threads spin for a moment before they yield; between jobs they sleep:
+// an idle team uses no CPU.
 #pragma once
 #include <atomic>
 #include <chrono>

@@ -85,6 +85,20 @@ def test_linear_gives_each_figure_with_its_limit(run: Run) -> None:
     assert any("not one to memory" in note for note in result["notes"])
 
 
+def test_linear_says_over_how_many_bytes_each_number_of_tokens_went(run: Run) -> None:
+    result = run("linear", "--k", "256", "--n", "256", "--gigabytes", "0.003", "--repeats", "1", "--tokens", "1,512")
+    one, many = result["rows"]
+    n_bytes = result["rotating_bytes"] // result["copies"]
+    assert (one["copies"], one["rotating_bytes"]) == (result["copies"], result["rotating_bytes"])
+    assert many["copies"] < result["copies"]
+    assert many["rotating_bytes"] == many["copies"] * n_bytes
+    assert any(
+        note.startswith(f"With 512 tokens, {many['copies']} of the copies (0.00 GB)") for note in result["notes"]
+    )
+    for amount in (one["rotating_bytes"], many["rotating_bytes"]):
+        assert any(note.startswith(f"{amount / 1e6:.0f} MB are read again") for note in result["notes"])
+
+
 @pytest.mark.usefixtures("instant")
 def test_every_kernel_of_this_machine_passes_the_check_before_its_figures() -> None:
     isas = read_machine().isas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +245,35 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(start: Start) -> None:
     assert process.returncode == 0
     assert document["answers"][0]["finish_reason"] == "cancelled"
     assert document["messages"][1]["content"].startswith("one ")
+
+
+@pytest.mark.parametrize("where", ["chat_stream", "close", "note"])
+def test_a_second_ctrl_c_ends_the_turn_and_not_the_chat(where: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the turn is: in the template, in giving the pages back, in saying how fast it was."""
+    model, engine = scripted_llm("ok<eos>")
+    waiting = [True]
+
+    def interrupted(call: Callable[..., Any], when: Callable[..., bool] = lambda *_: True) -> Callable[..., Any]:
+        def once(*arguments: Any, **options: Any) -> Any:
+            if waiting and when(*arguments):
+                waiting.pop()
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
+
+        return once
+
+    if where == "chat_stream":
+        monkeypatch.setattr(model, "chat_stream", interrupted(model.chat_stream))
+    elif where == "close":
+        monkeypatch.setattr(llm.Stream, "close", interrupted(llm.Stream.close))
+    else:
+        monkeypatch.setattr(cli_generate, "_note", interrupted(cli_generate._note, lambda text: "tokens" in text))
+    monkeypatch.setattr(cli_generate, "load", lambda _: model)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nagain\n"))
+    status, out, _ = run("chat", "--json")
+    assert (status, waiting) == (0, [])
+    assert [m["content"] for m in json.loads(out.splitlines()[-1])["messages"]][-2:] == ["again", "ok"]
+    assert engine.live == {}
 
 
 def test_ctrl_c_ends_a_run_with_status_130(start: Start) -> None:

@@ -141,6 +141,33 @@ def test_the_cache_keeps_nothing_of_a_source_that_is_refused(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_recipe_is_another_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    first = quantize.cached("model.gguf", "nf4")
+    monkeypatch.setitem(quantize.RECIPE, "encoder", "another")
+    second = quantize.cached("model.gguf", "nf4")
+    assert second != first
+    assert inspect(second)["recipe"]["encoder"] == "another"
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_conversion_in_the_cache_is_named_to_be_deleted(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    directory = quantize.cached("model.gguf", "nf4")
+    (directory / file).write_bytes(b"{")
+    with pytest.raises(
+        CheckpointError, match=rf"in the cache is damaged, delete {directory} to have it anew: .*{file}"
+    ):
+        quantize.cached("model.gguf", "nf4")
+    assert list(tmp_path.iterdir()) == [directory]  # no lock
+    shutil.rmtree(directory)
+    assert verify(quantize.cached("model.gguf", "nf4"))
+
+
 # ---- damage and hostility ----
 
 
@@ -242,6 +269,45 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "weight's format": lambda c: c["weights"]["embed"].update(format="int8"),
     "weight's shape": lambda c: c["weights"]["embed"].update(shape=[128, 300]),
 }
+
+
+SENSELESS: dict[str, tuple[dict[str, Any], str]] = {
+    "epsilon 0": ({"norm_eps": 0}, "norm_eps is 0, and must be a positive number"),
+    "negative epsilon": ({"norm_eps": -1e-5}, "norm_eps is -1e-05, and must be a positive"),
+    "enormous epsilon": ({"norm_eps": 10**400}, "norm_eps is 1000.*, and must be a positive"),
+    "theta": ({"rope_theta": 0.0}, "rope_theta is 0.0, and must be a positive number"),
+    "odd heads": ({"head_dim": 33}, "an even head dimension, and it is 33"),
+    "heads that do not share": ({"n_kv_heads": 3}, "4 attention heads cannot share 3 key/value heads"),
+    "eos": ({"eos_ids": [300]}, "token 300 lies outside the vocabulary of 300"),
+    "negative eos": ({"eos_ids": [2, -1]}, "token -1 lies outside"),
+    "bos": ({"bos_id": 10**9}, "token 1000000000 lies outside"),
+    "no context": ({"max_context": 0}, "max_context is 0, and must be from 1 to 2147483647"),
+    "much context": ({"max_context": 2**40}, "max_context is 1099511627776, and must be"),
+    "a large size": ({"hidden_dim": 10**10}, "hidden_dim is 10000000000, and must be"),
+    "a large matrix": ({"hidden_dim": 2**31 - 1, "dim": 2**20}, "a feed-forward matrix would have .* elements"),
+    "Yuan with shared keys": ({"model_type": "yuan", "tie_embeddings": True}, "heads all have keys of their own"),
+    "Yuan with a head": ({"model_type": "yuan", "n_kv_heads": 4}, "its head is the embedding"),
+}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 32}
+SENSELESS |= {
+    f"scaling: {field} {value}": ({"rope_scaling": SCALING | {field: value}}, message)
+    for field, value, message in [
+        ("factor", 0.0, "factor is 0.0, and must be a positive number"),
+        ("low_freq_factor", -1.0, "low_freq_factor is -1.0, and must be"),
+        ("high_freq_factor", 1.0, "high_freq_factor no larger than low_freq_factor"),
+        ("original_context", 0, "original_context is 0, and must be"),
+    ]
+}
+
+
+@pytest.mark.parametrize("name", SENSELESS)
+def test_a_configuration_that_makes_no_model_is_refused_in_a_sentence(converted: Path, name: str) -> None:
+    change, message = SENSELESS[name]
+    config = json.loads((converted / "config.json").read_text())
+    config["model"].update(change)
+    (converted / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json describes no model that can run: .*{message}"):
+        open_directory(converted)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -22,7 +22,7 @@ FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
     ("config", "format", "machine"),
-    ("models", "program", "rotary"),
+    ("models", "program", "footprint", "rotary"),
     ("checkpoint", "quantize", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine",),

@@ -18,7 +18,7 @@ import fake_source
 from fake_source import contents, names
 from fourfold import quantize
 from fourfold.checkpoint.fourfold_dir import open_directory
-from fourfold.errors import CheckpointError, ResourceError, UnsupportedError, UserError
+from fourfold.errors import CheckpointError, ResourceError, RuntimeFailure, UnsupportedError, UserError
 from fourfold.models import weight_specs
 
 SPECS = weight_specs(fake_source.CONFIG)
@@ -211,6 +211,15 @@ def test_a_bad_request_leaves_nothing_behind(
     with pytest.raises(UnsupportedError, match="sse9"):
         quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
     assert names(tmp_path) == []
+
+
+def test_only_a_number_that_is_not_finite_is_the_sources_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("panels must have another shape")
+
+    monkeypatch.setattr(quantize._core, "pack", fail)
+    with pytest.raises(RuntimeFailure, match="embed could not be packed: panels must have another shape"):
+        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
 
 
 @pytest.mark.parametrize("name", ["/", "."])

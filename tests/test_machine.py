@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from fourfold import _core, doctor
 from fourfold.errors import ResourceError, UnsupportedError
-from fourfold.machine import RankPlan, plan_ranks, read_machine
+from fourfold.machine import RankPlan, address_space_left, plan_ranks, read_machine
 from machine_fixtures import (
     AMX,
     AVX2,
@@ -227,6 +228,25 @@ def test_ranks_and_threads_that_do_not_fit_are_refused(
     machine = read_machine(str(write_machine(tmp_path, n_sockets=2, cores_per_socket=4)))
     with pytest.raises(ResourceError, match="ask for"):
         plan_ranks(machine, n_ranks, n_threads)
+
+
+def test_more_ranks_than_the_core_has_are_refused_whatever_their_number(tmp_path: Path) -> None:
+    machine = read_machine(str(write_machine(tmp_path, n_sockets=2, cores_per_socket=4)))
+    assert len(plan_ranks(machine, 64)) == 64
+    for n_ranks in (65, 10**12):
+        with pytest.raises(
+            UnsupportedError, match=f"{n_ranks} ranks are more than fourfold runs; use --ranks 64 or fewer"
+        ):
+            plan_ranks(machine, n_ranks)
+
+
+def test_address_space_is_without_a_limit_or_has_so_much_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert address_space_left() is None
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 50, resource.RLIM_INFINITY))
+    assert (1 << 49) < (address_space_left() or 0) < (1 << 50) - (1 << 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, resource.RLIM_INFINITY))
+    assert address_space_left() == 0
 
 
 def test_doctor_says_what_a_container_lacks(tmp_path: Path) -> None:

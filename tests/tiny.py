@@ -33,6 +33,20 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 QWEN2 = CONFIG | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": False}
+YUAN = {
+    "architectures": ["YuanForCausalLM"],
+    "model_type": "yuan",
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "eos_token_id": 257,
+}
 
 GGUF_NAMES = {
     "model.embed_tokens.": "token_embd.",
@@ -52,10 +66,10 @@ GGUF_NAMES = {
 
 
 def tensors(config: dict[str, Any]) -> Tensors:
-    """Every tensor of a Llama or Qwen2 model, float32, by Hugging Face's names."""
+    """Every tensor of a Llama, Qwen2 or Yuan model, float32, by Hugging Face's names."""
     c, rng = config, np.random.default_rng(1)
     dim, hidden = c["hidden_size"], c["intermediate_size"]
-    kv_dim = dim // c["num_attention_heads"] * c["num_key_value_heads"]
+    kv_dim = dim // c["num_attention_heads"] * c.get("num_key_value_heads", c["num_attention_heads"])
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], dim)}
     for i in range(c["num_hidden_layers"]):
         layer = {
@@ -71,6 +85,14 @@ def tensors(config: dict[str, Any]) -> Tensors:
         }
         if c["model_type"] == "qwen2":
             layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in (("q", dim), ("k", kv_dim), ("v", kv_dim))}
+        if c["model_type"] == "yuan":
+            layer |= {
+                "self_attn.lf_gate.conv1.weight": (dim // 2, dim, 2, 1),
+                "self_attn.lf_gate.conv1.bias": (dim // 2,),
+                "self_attn.lf_gate.conv2.weight": (dim, dim // 2, 2, 1),
+                "self_attn.lf_gate.conv2.bias": (dim,),
+                "self_attn.lf_gate.output_layernorm.weight": (dim,),
+            }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (dim,)
     if not c["tie_word_embeddings"]:

@@ -86,18 +86,21 @@ def chat(options: Mapping[str, Any]) -> int:
                 )
             elif text:
                 turn = [*messages, {"role": "user", "content": text}]
-                try:
-                    stream = llm.chat_stream(turn, params, template=template)
-                except UserError as error:
-                    if not sys.stdin.isatty():
-                        raise
-                    _note(f"{error} (/reset forgets the conversation)")
-                    continue
-                _show(stream)
-                completion = stream.completion
-                messages = [*turn, {"role": "assistant", "content": completion.text}]
-                answers.append(_as_json(completion))
-                _note(speed(completion, facts))
+                with contextlib.suppress(KeyboardInterrupt):  # a second one, or one beside the answer, ends the turn
+                    try:
+                        stream = llm.chat_stream(turn, params, template=template)
+                    except UserError as error:
+                        if not sys.stdin.isatty():
+                            raise
+                        _note(f"{error} (/reset forgets the conversation)")
+                        continue
+                    try:
+                        _show(stream)
+                    finally:  # what was said, was said
+                        completion = stream.completion
+                        messages = [*turn, {"role": "assistant", "content": completion.text}]
+                        answers.append(_as_json(completion))
+                    _note(speed(completion, facts))
         if options["json"]:
             transcript = {"model": options["model"], "messages": messages, "answers": answers}
             print(json.dumps(transcript, ensure_ascii=False))

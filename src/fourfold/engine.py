@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from pathlib import Path
+from threading import RLock
 from typing import Any, cast
 
 import numpy as np
@@ -15,24 +16,27 @@ from fourfold import models
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
 from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
+from fourfold.footprint import PAGE, Footprint, footprint
 from fourfold.kvcache import PagePool, Sequence
-from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
-from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers
+from fourfold.machine import Machine, RankPlan, address_space_left, choose_isa, plan_ranks, read_machine
+from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
 from fourfold.rotary import rotary_tables
 
 MAX_STEP_TOKENS = 512  # rows a step: longer prompts are fed in pieces
 MAX_SEQUENCES = 4  # under way at a time
+THREAD_BYTES = (8 + 64) << 20  # of address space: a stack, and a heap as glibc reserves it
 DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
-KV_BYTES = {"bf16": 2.0, "int8": 1.0 + 4 / 64, "f32": 4.0}  # an element, int8's scales counted at heads of 64
 
 Vector = NDArray[np.float32]
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 class Engine:
-    """A fourfold directory in memory, cut over ranks, ready to step.
+    """A fourfold directory in memory, cut over ranks, ready to step. Threads may share it: their steps take turns.
 
-    Raises ResourceError before loading where memory would not suffice, UnsupportedError where the model cannot be cut.
+    Raises ResourceError before loading where memory would not suffice for the weights and one text of full length (the
+    pages of further texts are taken as they grow), UnsupportedError where the model cannot be cut, and UserError for a
+    kernel that none of its weights could use.
     """
 
     def __init__(
@@ -56,12 +60,26 @@ class Engine:
         self.context = _context(self.config, context)
         self.isa = choose_isa()
         machine = read_machine()
+        _check_kernel(kernel, machine.isas[: machine.isas.index(self.isa) + 1], stored)
+        if ranks:
+            cut_heads(self.config, ranks)  # what the model refuses is not asked of the machine
         self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
-        self._pool = PagePool(MAX_SEQUENCES * -(-self.context // _core.PAGE), MAX_SEQUENCES, _core.PAGE)
-        self.weight_bytes: int = _slices_bytes(stored, builder)
-        _check_memory(self.weight_bytes, self._kv_bytes_per_token() * self.context, machine.available_bytes)
+        self._footprint = footprint(
+            builder,
+            {name: weight.format for name, weight in stored.weights.items()},
+            kv=self.kv,
+            context=self.context,
+            max_tokens=MAX_STEP_TOKENS,
+            threads=[len(rank.cpus) for rank in self.plan],
+        )
+        self.weight_bytes = sum(self._footprint.weights)
+        n_pages = MAX_SEQUENCES * -(-self.context // PAGE)
+        _check_memory(self._footprint, self.context, machine, self.plan)
+        _check_address_space(self._footprint, n_pages * PAGE, self.plan, stored)
+        self._lock = RLock()  # again and again in one thread: a dropped stream is freed wherever it is collected
+        self._pool = PagePool(n_pages, MAX_SEQUENCES, PAGE)
 
         nodes = len({rank.node for rank in self.plan})
         self._team = _core.Team([(r.node if nodes > 1 else -1, r.cpus) for r in self.plan], timeout_seconds)
@@ -70,7 +88,7 @@ class Engine:
             max_tokens=MAX_STEP_TOKENS,
             n_slots=MAX_SEQUENCES,
             context=self.context,
-            n_pages=MAX_SEQUENCES * -(-self.context // _core.PAGE),
+            n_pages=n_pages,
             head_dim=self.config.head_dim,
             kv=self.kv,
             isa=self.isa,
@@ -84,11 +102,13 @@ class Engine:
 
     def new_sequence(self) -> Sequence:
         """An empty text. Raises ResourceError where too many are under way."""
-        return self._pool.new_sequence()
+        with self._lock:
+            return self._pool.new_sequence()
 
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's pages back; a second time does nothing."""
-        self._pool.free(sequence)
+        with self._lock:
+            self._pool.free(sequence)
 
     def extend(self, sequence: Sequence, ids: Ids[int]) -> Vector:
         """Feeds ids and returns the logits after the last of them, float32 (vocab,)."""
@@ -105,6 +125,10 @@ class Engine:
 
     def _feed(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
         """Logits of every id, or of the last alone."""
+        with self._lock:
+            return self._feed_locked(sequence, ids, every=every)
+
+    def _feed_locked(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
         if sequence.length + len(ids) > self.context:
             raise UserError(
                 f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}: "
@@ -158,12 +182,14 @@ class Engine:
 
     def check_integrity(self) -> None:
         """No page or slot is lost. Raises AssertionError otherwise."""
-        self._pool.check_integrity()
+        with self._lock:
+            self._pool.check_integrity()
 
     def close(self) -> None:
         """Threads end and memory goes back; the engine is of no use afterwards."""
-        self.__dict__.pop("_program", None)
-        self.__dict__.pop("_team", None)
+        with self._lock:  # not amid another thread's step
+            self.__dict__.pop("_program", None)
+            self.__dict__.pop("_team", None)
 
     def _running(self) -> Any:
         """The program. Raises UserError after `close`."""
@@ -172,8 +198,7 @@ class Engine:
         return self._program
 
     def _kv_bytes_per_token(self) -> int:
-        c = self.config
-        return int(2 * c.n_layers * c.n_kv_heads * c.head_dim * KV_BYTES[self.kv])
+        return self._footprint.kv(PAGE) // PAGE
 
     @property
     def _read_bytes(self) -> int:
@@ -278,20 +303,54 @@ def _context(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _slices_bytes(stored: FourfoldDirectory, builder: ProgramBuilder) -> int:
-    """Bytes of all ranks' slices, what two ranks hold counted twice."""
-    cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
-    return sum(
-        _core.slice_bytes(stored.weights[name].format, list(rows), list(columns))
-        for name, (outputs, inputs) in cuts.items()
-        for rows, columns in zip(outputs.ranges, inputs.ranges, strict=True)
-    )
-
-
-def _check_memory(weights: int, kv: int, available: int) -> None:
-    needed = weights + kv
-    if needed > available:
-        raise ResourceError(
-            f"the model needs {needed / 1e9:.1f} GB ({weights / 1e9:.1f} of weights, {kv / 1e9:.1f} of KV cache) "
-            f"and {available / 1e9:.1f} GB are free: use a smaller context, a smaller format, or more memory"
+def _check_kernel(name: str, isas: list[str], stored: FourfoldDirectory) -> None:
+    """Raises UserError where a kernel is forced that does not exist, or that could not run or would not be used."""
+    if not name:
+        return
+    rows = {row["name"]: row for row in _core.linear_kernels()}
+    if name not in rows:
+        raise UserError(f"there is no kernel {name!r}; the table has {', '.join(rows)}")
+    isa, fmt = rows[name]["isa"], rows[name]["format"]
+    if isa not in isas:
+        raise UserError(
+            f"{name} needs {isa}, and this machine or FOURFOLD_ISA goes up to {isas[-1]}; name another kernel"
         )
+    formats = sorted({weight.format for weight in stored.weights.values()})
+    if fmt not in formats:
+        raise UserError(f"{name} reads {fmt}, and this model's weights are {', '.join(formats)}; name another kernel")
+
+
+def _check_memory(need: Footprint, context: int, machine: Machine, plan: list[RankPlan]) -> None:
+    """Raises ResourceError where the weights, a step and one text of full length would not fit, in all or on a node."""
+    total, weights, kv = need.total(context), sum(need.weights), need.kv(context)
+    smaller = "use a smaller context, a smaller format, or more memory"
+    if total > machine.available_bytes:
+        raise ResourceError(
+            f"the model needs {_gb(total)} ({_gb(weights)} of weights, {_gb(kv)} of KV cache for one text of {context} "
+            f"positions) and {_gb(machine.available_bytes)} are free: {smaller}"
+        )
+    if len({rank.node for rank in plan}) == 1:
+        return  # its memory is bound to no node
+    for node in machine.nodes:
+        share = sum(n for n, rank in zip(need.rank(context), plan, strict=True) if rank.node == node.id)
+        if share > node.available_bytes:
+            raise ResourceError(
+                f"the model needs {_gb(share)} on NUMA node {node.id}, where {_gb(node.available_bytes)} are free: "
+                f"free some there, or {smaller}"
+            )
+
+
+def _check_address_space(need: Footprint, n_positions: int, plan: list[RankPlan], stored: FourfoldDirectory) -> None:
+    """Raises ResourceError where a limit on address space is too low: all texts' pages and the file are mapped."""
+    n_threads = 1 + sum(len(rank.cpus) for rank in plan)  # and a progress bar's
+    left = address_space_left()
+    total = need.total(n_positions) + stored.weights_path.stat().st_size + n_threads * THREAD_BYTES
+    if left is not None and total > left:
+        raise ResourceError(
+            f"loading the model takes {_gb(total)} of address space, of which `ulimit -v` leaves {_gb(left)}: "
+            "raise the limit, or use a smaller context or a smaller format"
+        )
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import fourfold._core as _core
 from fourfold.errors import ResourceError, UnsupportedError
+
+MAX_RANKS = 64  # of the native core too
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,15 @@ def read_machine(root: str = "/") -> Machine:
     )
 
 
+def address_space_left() -> int | None:
+    """Bytes that this process may still map (RLIMIT_AS, `ulimit -v`); None where there is no such limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return max(0, limit - mapped)
+
+
 def choose_isa(root: str = "/") -> str:
     """The machine's best level, or the one that FOURFOLD_ISA forces; raises UnsupportedError where it is not there."""
     try:
@@ -119,16 +132,18 @@ def plan_ranks(machine: Machine, n_ranks: int | None = None, n_threads: int | No
     Ranks are dealt to nodes in order and as evenly as can be, and a rank stays on one node; with fewer ranks than nodes
     the last nodes stay empty. Ranks of a node share its CPUs out; where they are more than the CPUs (virtual ranks),
     they take the same ones in turn. n_threads is for all ranks together. Raises ResourceError where a rank would be
-    left without a thread, or a thread without a CPU.
+    left without a thread, or a thread without a CPU, and UnsupportedError for more than MAX_RANKS.
     """
     nodes = [node for node in machine.nodes if node.usable_cpus]
     if not nodes:
         raise ResourceError("no CPU is left to this process: widen its cpuset or its affinity mask")
     n_wanted = machine.n_threads if n_threads is None else n_threads
     if n_ranks is None:
-        n_ranks = min(len(nodes), n_wanted)
+        n_ranks = min(len(nodes), n_wanted, MAX_RANKS)
     if n_ranks < 1:
         raise ResourceError(f"{n_ranks} ranks cannot run a model: ask for at least one rank and one thread")
+    if n_ranks > MAX_RANKS:
+        raise UnsupportedError(f"{n_ranks} ranks are more than fourfold runs; use --ranks {MAX_RANKS} or fewer")
     nodes = nodes[:n_ranks]
     plan = [
         RankPlan(node.id, cpus)

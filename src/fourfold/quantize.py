@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import math
 import os
 from collections import deque
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 
 import fourfold._core as _core
 from fourfold.checkpoint import Source, check_complete, open_source
-from fourfold.checkpoint.fourfold_dir import VERSION, Progress, kind_of
+from fourfold.checkpoint.fourfold_dir import VERSION, Progress, kind_of, open_directory
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import FORMATS, WeightFormat
-from fourfold.errors import CheckpointError, UserError
+from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
 from fourfold.machine import choose_isa, read_machine
 from fourfold.models import WeightSpec, weight_specs
@@ -113,12 +114,14 @@ def cached(
     """The conversion of a checkpoint, made by the first process that asks for it and kept in the user's cache.
 
     `check` sees the source before it is converted, and may raise.
-    FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise.
+    FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise, and CheckpointError
+    where the conversion that was kept is damaged, naming the directory to delete.
     """
     fmt = _checked_format(fmt)
     root = Path(os.environ.get("FOURFOLD_CACHE") or platformdirs.user_cache_dir("fourfold")).expanduser()
     with open_source(source_path) as source:
-        key = hashlib.sha256(f"{VERSION} {fmt} {source.fingerprint}".encode()).hexdigest()[:16]
+        made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
+        key = hashlib.sha256(made.encode()).hexdigest()[:16]
         directory = root / f"{Path(source_path).resolve().stem}-{fmt}-{key}"
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,9 @@ def cached(
                 f"the cache {root} cannot be written ({error.strerror}); name another in FOURFOLD_CACHE"
             ) from error
         try:
-            if not directory.exists():
+            if directory.exists():
+                _check_kept(directory)
+            else:
                 if check:
                     check(source)
                 convert(source, directory, fmt, threads=threads, progress=progress)
@@ -136,6 +141,15 @@ def cached(
             Path(lock.name).unlink(missing_ok=True)
             lock.close()
     return directory
+
+
+def _check_kept(directory: Path) -> None:
+    try:
+        open_directory(directory)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"a conversion in the cache is damaged, delete {directory} to have it anew: {error}"
+        ) from error
 
 
 def _locked(path: Path) -> IO[str]:
@@ -209,7 +223,9 @@ def _pack(
     try:
         sums = _core.pack(numbers, fmt, panels, scales, n_threads, isa)
     except ValueError as error:
-        raise _not_finite(spec) from error
+        if "NaN or infinity" in str(error):
+            raise _not_finite(spec) from error
+        raise RuntimeFailure(f"{spec.name} could not be packed: {error}") from error
     return panels, scales, sums
 
 

@@ -1,6 +1,7 @@
 """One matrix, for one token and for many: how near its kernels come to the memory and to the multipliers.
 
-Copies of one random matrix are multiplied one after another, enough of them that none is found in a cache again.
+Copies of one random matrix are multiplied one after another, enough of them for a few tokens that none is found in a
+cache again. Many tokens, whose time is not that of reading, take fewer: every row says over how many bytes it went.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def linear(
         "repeats": repeats,
         "limits": limits.describe(),
         "rows": rows,
-        "notes": [INCLUDES, *limits.cache_notes(n_copies * copies.n_bytes)],
+        "notes": [INCLUDES, *_rotation_notes(rows, n_copies, limits)],
     }
 
 
@@ -103,7 +104,8 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
     bytes_per_s, flop_per_s = copies.n_bytes / seconds, 2.0 * run.m * copies.n * copies.k / seconds
     return {
         "tokens": run.m,
-        "copies": run.n_copies,  # in turn: fewer than all for many tokens, whose time is not that of reading
+        "copies": run.n_copies,  # in turn
+        "rotating_bytes": run.n_copies * copies.n_bytes,
         "kernel": run.kernel["name"],
         "ms": spread((seconds * 1e3).tolist()),
         "gb_s": spread((bytes_per_s / 1e9).tolist()),
@@ -111,6 +113,17 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
         "gflop_s": spread((flop_per_s / 1e9).tolist()),
         "of_peak": limits.fractions_of_peak(flop_per_s.tolist()),
     }
+
+
+def _rotation_notes(rows: list[dict[str, Any]], n_copies: int, limits: Limits) -> list[str]:
+    """Which rows took fewer than all copies in turn, and where the bytes of any row are few beside the caches."""
+    fewer = [
+        f"With {row['tokens']} tokens, {row['copies']} of the copies ({row['rotating_bytes'] / 1e9:.2f} GB) took turns."
+        for row in rows
+        if row["copies"] < n_copies
+    ]
+    amounts = sorted({row["rotating_bytes"] for row in rows}, reverse=True)
+    return fewer + [note for amount in amounts for note in limits.cache_notes(amount)]
 
 
 class _Copies:

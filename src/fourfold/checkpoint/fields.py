@@ -15,6 +15,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
 MAX_SIZE = 2**31 - 1
+MAX_REAL = 1e30
 MAX_LAYERS = 10_000
 MAX_ELEMENTS = 10**12  # no tensor has as many
 
@@ -55,7 +56,7 @@ class Fields:
     def real(self, key: str, default: float | None = None) -> float:
         """A positive, finite number."""
         value = self._take(key, default)
-        if not (_is_int(value) or isinstance(value, float)) or not 0 < value < 1e30:
+        if not (_is_int(value) or isinstance(value, float)) or not 0 < value < MAX_REAL:
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
@@ -129,30 +130,45 @@ class Fields:
 
 def check(config: ModelConfig, where: str) -> ModelConfig:
     """The same configuration. Raises CheckpointError where its numbers contradict each other or make no model."""
-    c = config
-    sizes = {
+    for fault in _faults(config):
+        raise CheckpointError(f"{where} describes no model that can run: {fault}")
+    return config
+
+
+def _faults(c: ModelConfig) -> Iterator[str]:
+    """What is wrong, in the order in which it has to be right: each line may rely on those above it."""
+    for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_context"):
+        if not 1 <= getattr(c, name) <= MAX_SIZE:
+            yield f"{name} is {_short(getattr(c, name))}, and must be from 1 to {MAX_SIZE}"
+    reals = {name: getattr(c, name) for name in ("norm_eps", "rope_theta")}
+    if c.rope_scaling:
+        reals |= vars(c.rope_scaling)
+    for name, real in reals.items():
+        if not 0 < real < MAX_REAL:
+            yield f"{name} is {_short(real)}, and must be a positive number"
+    if c.rope_scaling and c.rope_scaling.high_freq_factor <= c.rope_scaling.low_freq_factor:
+        yield "its rotary scaling has a high_freq_factor no larger than low_freq_factor"
+    elements = {
         "the embedding": c.vocab_size * c.dim,
         "a feed-forward matrix": c.hidden_dim * c.dim,
         "an attention matrix": c.n_heads * c.head_dim * c.dim,
     }
-    ids = (*c.eos_ids, *(() if c.bos_id is None else (c.bos_id,)))
-    wrong = [
-        *(
-            f"{name} would have {n} elements, and fourfold reads fewer than 10^12"
-            for name, n in sizes.items()
-            if n >= MAX_ELEMENTS
-        ),
-        *(f"token {i} lies outside the vocabulary of {c.vocab_size}" for i in ids if i >= c.vocab_size),
-    ]
+    for name, n in elements.items():
+        if n >= MAX_ELEMENTS:
+            yield f"{name} would have {n} elements, and fourfold reads fewer than 10^12"
+    for i in (*c.eos_ids, *(() if c.bos_id is None else (c.bos_id,))):
+        if not 0 <= i < c.vocab_size:
+            yield f"token {_short(i)} lies outside the vocabulary of {c.vocab_size}"
     if c.n_layers > MAX_LAYERS:
-        wrong.append(f"{c.n_layers} layers are more than the {MAX_LAYERS} that fourfold reads")
+        yield f"{c.n_layers} layers are more than the {MAX_LAYERS} that fourfold reads"
     if c.n_heads % c.n_kv_heads:
-        wrong.append(f"{c.n_heads} attention heads cannot share {c.n_kv_heads} key/value heads evenly")
+        yield f"{c.n_heads} attention heads cannot share {c.n_kv_heads} key/value heads evenly"
     if c.head_dim % 2:
-        wrong.append(f"rotary embedding needs an even head dimension, and it is {c.head_dim}")
-    if wrong:
-        raise CheckpointError(f"{where} describes no model that can run: {wrong[0]}")
-    return config
+        yield f"rotary embedding needs an even head dimension, and it is {c.head_dim}"
+    if c.model_type == "yuan" and (c.n_kv_heads, c.n_heads * c.head_dim) != (c.n_heads, c.dim):
+        yield f"Yuan's heads all have keys of their own and fill its width, and {c.n_heads} of {c.head_dim} do not here"
+    if c.model_type == "yuan" and (c.qkv_bias or not c.tie_embeddings):
+        yield "Yuan has no biases on q, k and v, and its head is the embedding"
 
 
 def _is_int(value: Any) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.source import read_json
 from fourfold.config import FORMATS, ModelConfig, RopeScaling, WeightFormat
 from fourfold.errors import CheckpointError
@@ -166,7 +167,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> int:
             damaged.append(f"tensor {tensor.name}")
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
-        raise CheckpointError(f"{path} is damaged ({shown}); convert the model again")
+        raise CheckpointError(f"{path} is damaged ({shown}); delete it and convert the model again")
     return n_bytes
 
 
@@ -275,7 +276,7 @@ def _read_formats(path: Path, listed: dict[str, Any], specs: list[WeightSpec]) -
 
 
 def _read_model_config(path: Path, fields: Any, n_tensors: int) -> ModelConfig:
-    """A ModelConfig whose every field has its type, and whose layers cannot outnumber the tensors."""
+    """A ModelConfig whose fields have their types and make a model; its layers do not outnumber the tensors."""
     wrong = CheckpointError(f"{path / CONFIG} does not describe a model")
     if not isinstance(fields, dict):
         raise wrong
@@ -286,10 +287,9 @@ def _read_model_config(path: Path, fields: Any, n_tensors: int) -> ModelConfig:
         config = ModelConfig.from_dict(fields)
     except TypeError:  # a field is missing
         raise wrong from None
-    sizes = (config.vocab_size, config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim)
-    if min(*sizes, config.hidden_dim, config.max_context) < 1 or config.n_layers > n_tensors:
+    if config.n_layers > n_tensors:
         raise wrong
-    return config
+    return check(config, str(path / CONFIG))
 
 
 def _check_types(path: Path, record: type, fields: Any) -> None:

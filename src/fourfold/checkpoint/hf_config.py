@@ -170,8 +170,6 @@ def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
             high_freq_factor=r.real("high_freq_factor"),
             original_context=r.size("original_max_position_embeddings"),
         )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise CheckpointError(f"{r.where} sets high_freq_factor no larger than low_freq_factor")
     r.finish()
     return theta, scaling
 

@@ -1,0 +1,84 @@
+"""What a model takes of memory, rank by rank, known before any of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import fourfold._core as _core
+from fourfold.config import KVFormat, WeightFormat
+from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
+
+PAGE: int = _core.PAGE  # positions of a KV page
+F32 = 4  # bytes
+HUGE_PAGE = 2 << 20
+SCRATCH_BYTES = 128 << 10  # of a thread, at least
+KV_ELEMENT_BYTES: Mapping[KVFormat, int] = {"bf16": 2, "int8": 1, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
+
+    weights: tuple[int, ...]  # slices; what two ranks hold counts on both
+    room: tuple[int, ...]  # for those slices: whole pages of memory, huge ones for all but the small
+    kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
+    work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
+    rope: int  # tables, on no node in particular
+
+    def kv(self, n_positions: int) -> int:
+        """KV cache of one text, in whole pages, on all ranks."""
+        return sum(self.kv_page) * -(-n_positions // PAGE)
+
+    def rank(self, n_positions: int) -> tuple[int, ...]:
+        """Each rank's bytes where one text has so many positions."""
+        pages = -(-n_positions // PAGE)
+        return tuple(r + pages * k + a for r, k, a in zip(self.room, self.kv_page, self.work, strict=True))
+
+    def total(self, n_positions: int) -> int:
+        """All bytes where one text has so many positions."""
+        return sum(self.rank(n_positions)) + self.rope
+
+
+def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
+    """A page of one KV head, as KvPage (csrc/kernels/kernels.h) lays it out: keys, padded values, scales."""
+    values = -(-head_dim // 16) * 16
+    scales = 2 * PAGE * F32 if kv == "int8" else 0
+    return -(-((head_dim + values) * PAGE * KV_ELEMENT_BYTES[kv] + scales) // 64) * 64
+
+
+def _room(n_bytes: int) -> int:
+    """What NodeMemory (csrc/memory.cpp) maps."""
+    unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
+    return -(-n_bytes // unit) * unit
+
+
+def footprint(
+    builder: ProgramBuilder,
+    formats: Mapping[str, WeightFormat],
+    *,
+    kv: KVFormat,
+    context: int,
+    max_tokens: int,
+    threads: Sequence[int],
+) -> Footprint:
+    """Of the program that was written on `builder`; `formats` are the weights', `threads` each rank's."""
+    cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
+    weights, room, kv_page, work = [], [], [], []
+    _, buffers = assign_buffers(builder.ops, builder.activations)
+    page = kv_page_bytes(kv, builder.config.head_dim) * sum(op.kind == "cache" for op in builder.ops)
+    widest = max(-(-inputs.size // TILE_K) * TILE_K for _, inputs in cuts.values())
+    packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
+    for rank in range(builder.n_ranks):
+        slices = [
+            _core.slice_bytes(formats[name], list(n.ranges[rank]), list(k.ranges[rank]))
+            for name, (n, k) in cuts.items()
+        ]
+        weights.append(sum(slices))
+        room.append(sum(map(_room, slices)))
+        kv_page.append(page * (builder.kv_heads().widths[rank] // builder.config.head_dim))
+        rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
+        scratch = threads[rank] * max(SCRATCH_BYTES, widest * F32)
+        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch)
+    rope = context * builder.config.head_dim * F32
+    return Footprint(tuple(weights), tuple(room), tuple(kv_page), tuple(work), rope)

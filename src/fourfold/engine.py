@@ -169,6 +169,7 @@ class Engine:
             "ranks": len(self.plan),
             "threads": sum(len(r.cpus) for r in self.plan),
             "context": self.context,
+            "memory_bound": bool(_core.memory_is_bound()),  # False where the system refused to bind memory to a node
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self._kv_bytes_per_token(),
             "bytes_per_token": self.bytes_per_token(),

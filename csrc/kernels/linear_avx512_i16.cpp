@@ -1,13 +1,11 @@
 // linear, AVX-512 VNNI, 16-bit fixed-point activations: the scaled formats, one token and a few. The decoding kernel.
 //
-//   w is kept as unsigned bytes u = round(F * codebook) + 128 (F: kUnits), x as 256 hi + lo (I16Row), so that within a
-//   tile
+//   w becomes unsigned bytes u = round(F * codebook) + 128 (F: units()), x lies as 256 hi + lo (I16Row); within a tile
 //     sum_k x w  =  scale_x * scale_w / F * (256 * dot(u, hi) + dot(u, lo) - 128 * sum(256 hi + lo))
 //   is exact in 32-bit integers: |dot(u, hi)| <= 64 * 255 * 128 = 2^21, times 256 = 2^29.
 //
 //   lanes      the 16 outputs of a panel; one vpdpbusd sums 4 inputs of each
-//   counts     per 128 weights 1 load, 1 shift, 2 byte permutes, and per row 4 dot products with x broadcast from
-//   memory;
+//   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes, and per row 4 dot products;
 //              per tile (1,024 weights) the scale and 6 operations a row. vpermb reads 6 bits of an index: the table is
 //              laid down four times, so neither nibble needs a mask.
 //   bound      one token: memory. 8 + 8 + 16 + 32 = 64 vector operations a tile: at two a cycle 32 weights a cycle.

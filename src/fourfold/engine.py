@@ -218,7 +218,6 @@ class _Assembly:
     ) -> None:
         self._program, self._team, self._builder, self._stored = program, team, builder, stored
         self._report, self._loaded = report, 0
-        self._n_ranks = builder.n_ranks
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}

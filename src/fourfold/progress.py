@@ -35,19 +35,6 @@ def bar(title: str, unit: str = "bytes") -> Iterator[Report]:
             progress.stop()
 
 
-@contextmanager
-def spinner(title: str) -> Iterator[None]:
-    """For work that cannot say how far it is."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(title):
-        yield
-
-
 def _progress(unit: str) -> Progress:
     from rich.console import Console
     from rich.progress import (

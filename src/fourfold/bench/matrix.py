@@ -27,8 +27,8 @@ from fourfold.progress import bar
 
 TOKENS = (1, 4, 16, 512)
 STEPS = 3  # in one repetition, for each number of tokens; the median counts
-TOKENS_OVER_ALL = 16  # up to these a step takes every copy; beyond, fewer, so that its work stays about the same
-MAX_PROGRAMS = 8  # each has its own copies to take, and its own activations
+TOKENS_OVER_ALL = 16  # up to these a step takes every copy; beyond, programs share the copies out and take turns
+MAX_PROGRAMS = 8  # each has its own share of the copies, and its own activations
 PANELS_AT_ONCE = 32  # unpacked to float64 together
 # A block's scale is at most this many times its largest stored value: the packer tries scales up to two steps of E4M3
 # above the block's largest weight, and the coarsest codebook (fp4) has 4/6 below its 1.
@@ -181,8 +181,8 @@ class _Run:
     def __init__(self, copies: _Copies, m: int, n_steps: int) -> None:
         self._copies, self.m = copies, m
         n_copies = len(copies.weights)
-        self._per_step = n_copies if m <= TOKENS_OVER_ALL else max(2, n_copies * TOKENS_OVER_ALL // m)
-        n_programs = min(n_steps, MAX_PROGRAMS, -(-n_copies // self._per_step))
+        n_programs = 1 if m <= TOKENS_OVER_ALL else min(n_steps, MAX_PROGRAMS, n_copies)
+        self._per_step = -(-n_copies // n_programs)
         self.n_copies = min(n_copies, n_programs * self._per_step)
         self._programs = [copies.program(m, i * self._per_step, self._per_step) for i in range(n_programs)]
         name = self._programs[0].kernels(m)[copies.format]

@@ -96,7 +96,7 @@ def linear(
         "repeats": repeats,
         "limits": limits.describe(),
         "rows": rows,
-        "notes": [INCLUDES, *_rotation_notes(rows, n_copies, limits)],
+        "notes": [INCLUDES, *limits.cache_notes(n_copies * copies.n_bytes)],
     }
 
 
@@ -104,8 +104,6 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
     bytes_per_s, flop_per_s = copies.n_bytes / seconds, 2.0 * run.m * copies.n * copies.k / seconds
     return {
         "tokens": run.m,
-        "copies": run.n_copies,  # in turn
-        "rotating_bytes": run.n_copies * copies.n_bytes,
         "kernel": run.kernel["name"],
         "ms": spread((seconds * 1e3).tolist()),
         "gb_s": spread((bytes_per_s / 1e9).tolist()),
@@ -113,17 +111,6 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
         "gflop_s": spread((flop_per_s / 1e9).tolist()),
         "of_peak": limits.fractions_of_peak(flop_per_s.tolist()),
     }
-
-
-def _rotation_notes(rows: list[dict[str, Any]], n_copies: int, limits: Limits) -> list[str]:
-    """Which rows took fewer than all copies in turn, and where the bytes of any row are few beside the caches."""
-    fewer = [
-        f"With {row['tokens']} tokens, {row['copies']} of the copies ({row['rotating_bytes'] / 1e9:.2f} GB) took turns."
-        for row in rows
-        if row["copies"] < n_copies
-    ]
-    amounts = sorted({row["rotating_bytes"] for row in rows}, reverse=True)
-    return fewer + [note for amount in amounts for note in limits.cache_notes(amount)]
 
 
 class _Copies:
@@ -183,7 +170,6 @@ class _Run:
         n_copies = len(copies.weights)
         n_programs = 1 if m <= TOKENS_OVER_ALL else min(n_steps, MAX_PROGRAMS, n_copies)
         self._per_step = -(-n_copies // n_programs)
-        self.n_copies = min(n_copies, n_programs * self._per_step)
         self._programs = [copies.program(m, i * self._per_step, self._per_step) for i in range(n_programs)]
         name = self._programs[0].kernels(m)[copies.format]
         self.kernel = next(row for row in _core.linear_kernels() if row["name"] == name)

@@ -171,6 +171,7 @@ void bind_program(nb::module_& m) {
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");
     m.attr("PAGE") = kPage;
+    m.attr("LINEAR_SCRATCH_BYTES") = kLinearScratchBytes;
     m.attr("MAX_RANKS") = kMaxRanks;
     m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

@@ -53,7 +53,7 @@ struct LinearArgs {
     size_t y_stride;   // floats
     uint8_t* scratch;  // kLinearScratchBytes, 64-byte aligned, this thread's own
 };
-constexpr size_t kLinearScratchBytes = 128 * 1024;
+constexpr size_t kLinearScratchBytes = 640 * 1024;
 
 using LinearFn = void (*)(const LinearArgs&);
 

@@ -12,7 +12,7 @@ from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
 HUGE_PAGE = 2 << 20
-SCRATCH_BYTES = 128 << 10  # of a thread, at least
+SCRATCH_BYTES: int = _core.LINEAR_SCRATCH_BYTES  # of a thread, at least
 KV_ELEMENT_BYTES: Mapping[KVFormat, int] = {"bf16": 2, "int8": 1, "f32": 4}
 
 

@@ -171,7 +171,13 @@ void bind_program(nb::module_& m) {
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");
     m.attr("PAGE") = kPage;
-    m.attr("LINEAR_SCRATCH_BYTES") = kLinearScratchBytes;
+    m.def(
+        "kv_page_bytes", [](const std::string& kv, size_t head_dim) { return KvPage::bytes(kv_named(kv), head_dim); },
+        "kv"_a, "head_dim"_a, "Bytes of PAGE positions of one KV head.");
+    m.def("scratch_bytes", &Program::scratch_bytes, "widest_inputs"_a, "context"_a, "head_dim"_a,
+          "Bytes of scratch a thread.");
+    m.def("attend_shared_bytes", &Program::attend_shared_bytes, "threads"_a, "context"_a, "head_dim"_a,
+          "Bytes of a rank's partial attention.");
     m.attr("MAX_RANKS") = kMaxRanks;
     m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

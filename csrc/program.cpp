@@ -13,7 +13,10 @@ constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes to
 }
 
 Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
-    : team_(std::move(team)), options_(std::move(options)), rows_(row_kernels(options_.isa)) {
+    : team_(std::move(team)),
+      options_(std::move(options)),
+      rows_(row_kernels(options_.isa)),
+      attend_chunk_(attend_chunk(options_.context)) {
     if (!options_.kernel.empty()) {
         forced_ = find_linear(options_.kernel);
         if (!forced_) throw std::invalid_argument("there is no kernel named " + options_.kernel);
@@ -107,13 +110,15 @@ void Program::finish() {
         std::none_of(weights_.begin(), weights_.end(), [&](const auto& w) { return w->format == forced_->format; }))
         throw std::invalid_argument("kernel " + options_.kernel + " reads a format that no weight has");
     size_t widest = 0;
-    for (const auto& w : weights_) widest = std::max(widest, tiles_of(w->k) * kTileK * sizeof(float));
-    const size_t scratch =
-        std::max({kLinearScratchBytes, attend_scratch_floats(options_.head_dim) * sizeof(float), widest});
+    for (const auto& w : weights_) widest = std::max(widest, w->k);
+    const size_t scratch = scratch_bytes(widest, options_.context, options_.head_dim);
     const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
         packed_.emplace_back(packed_bytes_, plan.node);
+        if (!caches_.empty())
+            partials_.emplace_back(attend_shared_bytes(plan.cpus.size(), options_.context, options_.head_dim),
+                                   plan.node);
         auto& threads = scratch_.emplace_back();
         for (size_t t = 0; t < plan.cpus.size(); ++t) threads.emplace_back(scratch, plan.node);
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);

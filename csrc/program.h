@@ -4,6 +4,7 @@
 // are float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and
 // `embed`. Rows are tokens, of any mix of sequences, never padded.
 #pragma once
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -112,6 +113,28 @@ class Program : public std::enable_shared_from_this<Program> {
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
 
+    // Positions that attention takes as one piece, whatever the threads and the other sequences: whole pages, and at
+    // most kMostChunks pieces of the context.
+    static constexpr size_t kLeastChunk = 256, kMostChunks = 32;
+    static size_t attend_chunk(size_t context) {
+        return std::max(kLeastChunk, ((context + kMostChunks - 1) / kMostChunks + kPage - 1) / kPage * kPage);
+    }
+    // Fewer items a thread than this, and attention divides their chunks instead.
+    static constexpr size_t kSplitItems = 2;
+    // Bytes of a rank for the chunks of divided items, of a thread for everything it needs, and for the chunks of an
+    // item.
+    static size_t attend_shared_bytes(size_t threads, size_t context, size_t head_dim) {
+        return threads * kSplitItems * attend_item_bytes(context, head_dim);
+    }
+    static size_t scratch_bytes(size_t widest_inputs, size_t context, size_t head_dim) {
+        return std::max({kLinearScratchBytes, tiles_of(widest_inputs) * kTileK * sizeof(float),
+                         kAttendScratchFloats * sizeof(float) + attend_item_bytes(context, head_dim)});
+    }
+    static size_t attend_item_bytes(size_t context, size_t head_dim) {
+        const size_t chunk = attend_chunk(context), n_chunks = (context + chunk - 1) / chunk;
+        return n_chunks * kAttendQueries * attend_partial_floats(head_dim) * sizeof(float);
+    }
+
     struct Cache {                      // of one layer
         std::vector<NodeMemory> pages;  // per rank: (n_pages, its KV heads, KvPage::bytes)
         std::vector<size_t> n_heads;
@@ -133,6 +156,8 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<NodeMemory> packed_;                // per rank: activations as the linear kernels want them
     std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
+    const size_t attend_chunk_;                     // positions
+    std::vector<NodeMemory> partials_;              // per rank: of attention that threads share
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;

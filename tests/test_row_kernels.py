@@ -106,9 +106,9 @@ def as_stored(x: Floats, kv: str) -> NDArray[np.float64]:
     return x.astype(np.float64)
 
 
-def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int]) -> Floats:
+def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int], chunk: int = 128) -> Floats:
     out = np.full(q.shape, np.nan, np.float32)
-    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), out)
+    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), chunk, out)
     return out
 
 
@@ -151,6 +151,15 @@ def test_a_query_among_others_has_the_same_answer_whoever_they_are(isa: str, kv:
     together = attend(isa, kv, q, k, v, [20, 64, 65, 150])
     others = attend(isa, kv, np.stack([q[0], *numbers(3, 64, seed=9)]), k, v, [20, 100, 120, 130])
     assert (together[0] == others[0]).all()
+
+
+@by_isa
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
+def test_chunks_only_change_the_order_of_sums(isa: str, kv: str) -> None:
+    q, k, v, seen = numbers(6, 64), numbers(700, 64, seed=1), numbers(700, 64, seed=2), [1, 64, 65, 300, 511, 700]
+    for chunk in (64, 192, 256, 704):
+        out = attend(isa, kv, q, k, v, seen, chunk)
+        close(out, attend(isa, kv, q, k, v, seen, 1024), 2000 * EPS * np.abs(v).max())
 
 
 @by_isa

@@ -12,8 +12,6 @@ from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
 HUGE_PAGE = 2 << 20
-SCRATCH_BYTES: int = _core.LINEAR_SCRATCH_BYTES  # of a thread, at least
-KV_ELEMENT_BYTES: Mapping[KVFormat, int] = {"bf16": 2, "int8": 1, "f32": 4}
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,6 @@ class Footprint:
         return sum(self.rank(n_positions)) + self.rope
 
 
-def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
-    """A page of one KV head, as KvPage (csrc/kernels/kernels.h) lays it out: keys, padded values, scales."""
-    values = -(-head_dim // 16) * 16
-    scales = 2 * PAGE * F32 if kv == "int8" else 0
-    return -(-((head_dim + values) * PAGE * KV_ELEMENT_BYTES[kv] + scales) // 64) * 64
-
-
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
     unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
@@ -66,8 +57,9 @@ def footprint(
     cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
     weights, room, kv_page, work = [], [], [], []
     _, buffers = assign_buffers(builder.ops, builder.activations)
-    page = kv_page_bytes(kv, builder.config.head_dim) * sum(op.kind == "cache" for op in builder.ops)
-    widest = max(-(-inputs.size // TILE_K) * TILE_K for _, inputs in cuts.values())
+    head_dim = builder.config.head_dim
+    page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
+    widest = max(inputs.size for _, inputs in cuts.values())
     packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
     for rank in range(builder.n_ranks):
         slices = [
@@ -76,9 +68,10 @@ def footprint(
         ]
         weights.append(sum(slices))
         room.append(sum(map(_room, slices)))
-        kv_page.append(page * (builder.kv_heads().widths[rank] // builder.config.head_dim))
+        kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
         rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
-        scratch = threads[rank] * max(SCRATCH_BYTES, widest * F32)
-        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch)
-    rope = context * builder.config.head_dim * F32
+        scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
+        partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
+        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
+    rope = context * head_dim * F32
     return Footprint(tuple(weights), tuple(room), tuple(kv_page), tuple(work), rope)

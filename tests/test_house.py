@@ -23,10 +23,22 @@ FLOORS = (
     ("errors",),
     ("config", "format", "machine"),
     ("models", "program", "footprint", "rotary"),
-    ("checkpoint", "quantize", "locate"),
+    ("checkpoint", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine",),
-    ("llm", "progress", "evaluate", "bench", "doctor", "cli", "cli_generate", "cli_evaluate", "cli_render", "__init__"),
+    (
+        "llm",
+        "progress",
+        "evaluate",
+        "bench",
+        "doctor",
+        "cli",
+        "cli_generate",
+        "cli_evaluate",
+        "cli_render",
+        "cli_synth",
+        "__init__",
+    ),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 

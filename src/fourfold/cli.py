@@ -42,6 +42,7 @@ Kv = Annotated[str | None, typer.Option(help="Cache of keys and values: bf16 (de
 RopeAngles = Annotated[str | None, typer.Option(help="f32 or bf16, as the model was trained.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="What to ask; else stdin.", show_default=False)]
+Ids = Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,15043,29892.", show_default=False)]
 System = Annotated[str | None, typer.Option(help="The system message.")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="In place of the model's: yuan-n, yuan-newline.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many. [default: 512]", show_default=False)]
@@ -76,6 +77,7 @@ def top(context: typer.Context, version: Annotated[bool, typer.Option("--version
 def run(
     model: Model = MODEL,
     prompt: Prompt = None,
+    ids: Ids = None,
     system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -154,6 +156,24 @@ def quantize(
         check_text(opened)
         lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
     _show({"path": str(destination), **lost.to_dict()}, json, render_quality)
+
+
+@app.command()
+def synth(
+    config: Annotated[str, typer.Argument(help="A config.json, or a shape; an unknown one lists them.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    format: Format = None,
+    layers: Annotated[int | None, typer.Option(help="So many layers, in place of the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same weights. [default: 0]")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """A model of random weights in the quantized format, to measure with: no checkpoint is needed."""
+    options = dict(locals())
+    from fourfold import cli_synth
+    from fourfold.cli_render import render_facts
+
+    _show(cli_synth.synth(options), json, render_facts)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from fourfold.errors import UserError
 from fourfold.locate import fourfold_directory
 from fourfold.progress import bar
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
-from fourfold.tokenizer import Tokenizer
+from fourfold.tokenizer import NoTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
@@ -104,7 +104,7 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError where its directory has none."""
         if self._tokenizer is None:
-            raise UserError("the model's directory has no tokenizer, so only logits of ids can be had from it")
+            raise UserError("the model's directory has no tokenizer, so it knows ids only: give ids in place of a text")
         return self._tokenizer
 
     @property
@@ -125,7 +125,7 @@ class LLM:
         return [self.stream(prompt, params).finish() for prompt in several]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Continue one prompt, piece by piece."""
+        """Continue one prompt, piece by piece. Without a tokenizer, ids are continued, and the pieces are ids too."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt, "a prompt that is not text")
         return self._stream(ids, params, after=ids)
 
@@ -183,7 +183,9 @@ class LLM:
         self._check_prompt(ids)
         if not isinstance(params, SamplingParams | None):
             raise UserError(f"params must be SamplingParams, not {type(params).__name__}")
-        return Stream(self._engine, self.tokenizer, ids, params or SamplingParams(), after)
+        config = self._engine.config
+        tokenizer = self._tokenizer or NoTokenizer(config.vocab_size, config.eos_ids)
+        return Stream(self._engine, tokenizer, ids, params or SamplingParams(), after)
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -200,7 +202,12 @@ class Stream:
     """An iterator over the pieces of one text, each of whole characters; joined, they are `completion.text`."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, after: Sequence[int]
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | NoTokenizer,
+        prompt: list[int],
+        params: SamplingParams,
+        after: Sequence[int],
     ) -> None:
         self._engine, self._params = engine, params
         self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)

@@ -67,12 +67,10 @@ def convert(
     CheckpointError where the source is incomplete or holds a number that is not finite, UserError where `dst` exists,
     and ResourceError where the disk has no room.
     """
-    fmt = _checked_format(fmt)
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
+    fmt, n_threads = checked_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
-    isa, n_threads = choose_isa(), threads or read_machine().n_threads
+    isa = choose_isa()
     with DirectoryWriter(Path(dst), source.config, fmt, source.fingerprint) as writer:
         n_bytes = writer.finished_bytes
         unfinished = [spec for spec in specs if spec.name not in writer.finished]
@@ -117,7 +115,7 @@ def cached(
     FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise, and CheckpointError
     where the conversion that was kept is damaged, naming the directory to delete.
     """
-    fmt = _checked_format(fmt)
+    fmt = checked_format(fmt)
     root = Path(os.environ.get("FOURFOLD_CACHE") or platformdirs.user_cache_dir("fourfold")).expanduser()
     with open_source(source_path) as source:
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
@@ -163,10 +161,18 @@ def _locked(path: Path) -> IO[str]:
         lock.close()
 
 
-def _checked_format(fmt: str) -> WeightFormat:
+def checked_format(fmt: str) -> WeightFormat:
+    """The same format. Raises UserError where there is none of that name."""
     if fmt not in FORMATS:
         raise UserError(f"there is no format {fmt!r}; choose one of {', '.join(FORMATS)}")
     return cast(WeightFormat, fmt)
+
+
+def checked_threads(threads: int | None) -> int:
+    """The same number, or the machine's where it is None. Raises UserError for an impossible one."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
+    return threads or read_machine().n_threads
 
 
 @dataclass(frozen=True)

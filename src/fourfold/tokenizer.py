@@ -100,6 +100,22 @@ class Tokenizer:
             )
 
 
+class NoTokenizer:
+    """What a model without a tokenizer has in its place: its ids, as numbers with a space after each."""
+
+    def __init__(self, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
+
+    def stream(self, after: Sequence[int] = ()) -> NoTokenizer:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return f"{token_id} "
+
+    def flush(self) -> str:
+        return ""
+
+
 class StreamDecoder:
     """Whole characters as early as they are certain.
 

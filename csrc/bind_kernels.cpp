@@ -73,7 +73,7 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage,
                  n_chunks = (t + chunk - 1) / chunk;
     const size_t floats = attend_partial_floats(d);
-    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(kAttendScratchFloats * sizeof(float), kAnyNode),
+    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(attend_scratch_floats(d) * sizeof(float), kAnyNode),
         partials(n_chunks * n * floats * sizeof(float), kAnyNode);
     // What a page's unwritten part held must not matter: not-a-numbers, in reversed page order.
     std::memset(pages.as(), 0xFF, n_pages * bytes);
@@ -101,6 +101,7 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     for (; used * chunk < last; ++used) {
         args.begin = used * chunk;
         args.end = std::min(args.begin + chunk, last);
+        args.end_ahead = last;
         args.partial = partials.as<float>() + used * n * floats;
         rows.attend(args);
     }

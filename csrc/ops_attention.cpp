@@ -108,6 +108,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
         args.page_table = i.sequence->pages;
         args.begin = c * chunk;
         args.end = std::min(args.begin + chunk, positions_of(i));
+        args.end_ahead = is_split ? args.end : positions_of(i);  // the next chunk is this thread's too, or it is not
         args.partial = partial;
         args.n_queries = 0;
         for (size_t m = i.row; m < i.row + i.n_rows; ++m)
@@ -125,7 +126,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     size_t turn = 0, at = 0;
     const auto is_mine = [&] { return turn++ % worker.n_threads == worker.thread; };
     if (!is_split) {
-        float* partials = args.scratch + kAttendScratchFloats;
+        float* partials = args.scratch + attend_scratch_floats(d);
         each_item(step, groups[r], by_head, [&](const Item& i) {
             if (!is_mine()) return;
             for (size_t c = 0; c < chunks_of(i); ++c) attend(i, c, partials + c * item_floats);

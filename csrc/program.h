@@ -128,7 +128,7 @@ class Program : public std::enable_shared_from_this<Program> {
     }
     static size_t scratch_bytes(size_t widest_inputs, size_t context, size_t head_dim) {
         return std::max({kLinearScratchBytes, tiles_of(widest_inputs) * kTileK * sizeof(float),
-                         kAttendScratchFloats * sizeof(float) + attend_item_bytes(context, head_dim)});
+                         attend_scratch_floats(head_dim) * sizeof(float) + attend_item_bytes(context, head_dim)});
     }
     static size_t attend_item_bytes(size_t context, size_t head_dim) {
         const size_t chunk = attend_chunk(context), n_chunks = (context + chunk - 1) / chunk;

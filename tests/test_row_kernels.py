@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 EPS = 2.0**-24  # of float32, to nearest
+BF16 = 2.0**-9  # of bfloat16, to nearest
 E_87 = 1.7e-38  # exp() stops here: what is smaller need not be
 SIZES = (1, 7, 15, 16, 17, 48, 64, 100, 576)
 HEAD_DIMS = (8, 16, 48, 64, 80, 128)
@@ -117,12 +118,13 @@ def check_attention(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: li
     keys, values = as_stored(k, kv), as_stored(v, kv)
     for i, n in enumerate(seen):
         query, scale = q[i].astype(np.float64), 1 / np.sqrt(d)
+        rounding = BF16 if kv == "bf16" else 0  # of queries and of softmax weights
         scores = keys[:n] @ query * scale
-        score_error = EPS * (d + 8) * (np.abs(keys[:n]) @ np.abs(query)).max() * scale
+        score_error = (EPS * (d + 8) + rounding) * (np.abs(keys[:n]) @ np.abs(query)).max() * scale
         p = np.exp(scores - scores.max())
         p /= p.sum()
         size = p @ np.abs(values[:n])
-        close(out[i], p @ values[:n], size * (np.expm1(2 * score_error) + EPS * (n + 32)))
+        close(out[i], p @ values[:n], size * (np.expm1(2 * score_error) + rounding + EPS * (n + 32)))
 
 
 @by_isa

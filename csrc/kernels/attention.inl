@@ -8,50 +8,54 @@
 //              shares the head takes a page before the next, so that memory is read once
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
 //   registers  up to 4 queries x kColumns vectors of sums: each load of a key or value serves 4 queries
-//   bound      one token: memory, as every key and value is read once (bf16: 4 operations a line and query, the next
-//   page
-//              asked for beside them); prompts: fma
-//   accuracy   float32 throughout
+//   bound      one token: memory, as every key and value is read once, the next page asked for meanwhile; prompts: the
+//              products, 2 a lane and operation in bf16
+//   accuracy   bf16: queries and softmax weights are rounded to bfloat16 as keys and values are, sums in float32;
+//              int8: float32 products of what is stored; f32: float32 throughout
 
 constexpr size_t kQuad = 4;
 constexpr size_t kColumns = kLanes == 16 ? 4 : 2;  // vectors
 
-// Adds the products of N rows `a` (`depth` floats each) with columns [c0, c0 + C kLanes) of a (depth, width) matrix to
+// What a page's elements are multiplied with: float32, or pairs of bfloat16 for pages of those.
+template <KvFormat F>
+using Factor = std::conditional_t<F == KvFormat::bf16, uint32_t, float>;
+
+inline uint32_t bf16_pair(float even, float odd) { return to_bf16(even) | static_cast<uint32_t>(to_bf16(odd)) << 16; }
+
+// n floats as factors, in place where they are to be floats.
+template <KvFormat F>
+inline const Factor<F>* as_factors(float* x, size_t n) {
+    if constexpr (F == KvFormat::bf16) {
+        auto* pairs = reinterpret_cast<uint32_t*>(x);
+        for (size_t i = 0; i < n; i += 2) {
+            const uint32_t pair = bf16_pair(x[i], i + 1 < n ? x[i + 1] : 0);
+            std::memcpy(&pairs[i / 2], &pair, 4);
+        }
+        return pairs;
+    } else {
+        return x;
+    }
+}
+
+// Adds the products of N rows `a` (`depth` factors each) with columns [c0, c0 + C kLanes) of a (depth, width) matrix to
 // sums. The same bytes of the next matrix, `ahead` bytes further on, are prefetched where it is not 0.
 template <KvFormat F, size_t N, size_t C>
-inline void times_page(const float* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
+inline void times_page(const Factor<F>* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
                        ptrdiff_t ahead, Vec (&sums)[N][C]) {
-    const auto add = [&](size_t k, const Vec(&v)[C]) {
-        for (size_t i = 0; i < N; ++i) {
-            const Vec x = set1(a[i][k]);
-            for (size_t c = 0; c < C; ++c) sums[i][c] = fma(x, v[c], sums[i][c]);
-        }
-    };
-    const auto ask = [&](const uint8_t* at, size_t bytes) {
-        for (size_t b = 0; ahead && b < bytes; b += 64) __builtin_prefetch(at + ahead + b, 0, 2);
-    };
-    if constexpr (F == KvFormat::bf16) {
-        const auto* pairs = reinterpret_cast<const uint32_t*>(matrix) + c0;
-        for (size_t k = 0; k < depth; k += 2, pairs += width) {
-            Vec even[C], odd[C];
-            ask(reinterpret_cast<const uint8_t*>(pairs), C * kLanes * 4);
-            for (size_t c = 0; c < C; ++c) load_bf16_pairs(pairs + c * kLanes, even[c], odd[c]);
-            add(k, even);
-            if (k + 1 < depth) add(k + 1, odd);
-        }
-    } else {
-        constexpr size_t kBytes = KvPage::element_bytes(F);
-        for (size_t k = 0; k < depth; ++k) {
-            const uint8_t* at = matrix + (k * width + c0) * kBytes;
-            ask(at, C * kLanes * kBytes);
-            Vec v[C];
-            for (size_t c = 0; c < C; ++c) {
-                if constexpr (F == KvFormat::f32)
-                    v[c] = load(reinterpret_cast<const float*>(at) + c * kLanes);
-                else
-                    v[c] = load_int8(reinterpret_cast<const int8_t*>(at) + c * kLanes);
+    constexpr size_t kBytes = F == KvFormat::int8 ? 1 : 4;  // a lane
+    for (size_t k = 0; k < depth; ++k) {
+        const uint8_t* at = matrix + (k * width + c0) * kBytes;
+        for (size_t b = 0; ahead && b < C * kLanes * kBytes; b += 64) __builtin_prefetch(at + ahead + b, 0, 2);
+        for (size_t c = 0; c < C; ++c) {
+            const uint8_t* v = at + c * kLanes * kBytes;
+            if constexpr (F == KvFormat::bf16) {
+                for (size_t i = 0; i < N; ++i)
+                    sums[i][c] = add_pairs(sums[i][c], reinterpret_cast<const uint32_t*>(v), a[i][k]);
+            } else {
+                const Vec x = F == KvFormat::f32 ? load(reinterpret_cast<const float*>(v))
+                                                 : load_int8(reinterpret_cast<const int8_t*>(v));
+                for (size_t i = 0; i < N; ++i) sums[i][c] = fma(set1(a[i][k]), x, sums[i][c]);
             }
-            add(k, v);
         }
     }
 }
@@ -86,9 +90,11 @@ inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
     return limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
 }
 
-// One page for queries [first, first + N): scores, softmax update, values.
+// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values.
 template <KvFormat F, size_t N>
-void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, ptrdiff_t ahead, size_t position) {
+void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, const uint8_t* page, ptrdiff_t ahead,
+                 size_t position) {
+    constexpr size_t kPair = F == KvFormat::bf16 ? 2 : 1;  // elements a factor
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
     const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
     float* const scores = a.scratch;
@@ -98,31 +104,31 @@ void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, ptrdiff
         Vec dots[N][kColumns];
         for (auto& row : dots)
             for (Vec& v : row) v = zero();
-        if (c < seen) times_page<F, N>(a.q + first, a.d, page, kPage, c, ahead, dots);
+        if (c < seen) times_page<F, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
         for (size_t j = 0; j < kColumns; ++j) {
             const size_t at = c + j * kLanes;
             const Vec factor = F == KvFormat::int8 ? mul(set1(a.scale), load(key_scales + at)) : set1(a.scale);
             for (size_t i = 0; i < N; ++i) store(scores + i * kPage + at, mul(dots[i][j], factor));
         }
     }
-    const float* weights[N];
+    const Factor<F>* weights[N];
     for (size_t i = 0; i < N; ++i) {
-        weights[i] = scores + i * kPage;
-        const size_t n = seen_of(a, first + i, position);
-        if (n == 0) {
-            std::memset(scores + i * kPage, 0, kPage * sizeof(float));
-            continue;
-        }
+        float* s = scores + i * kPage;
         float* own = sums + i * step;
-        const float shrink = soften<F>(scores + i * kPage, n, key_scales + kPage, own[dp], own[dp + 1]);
-        for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
+        if (const size_t n = seen_of(a, first + i, position); n > 0) {
+            const float shrink = soften<F>(s, n, key_scales + kPage, own[dp], own[dp + 1]);
+            for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
+        } else {
+            std::memset(s, 0, kPage * sizeof(float));
+        }
+        weights[i] = as_factors<F>(s, kPage);
     }
     const uint8_t* values = page + KvPage::values_offset(F, a.d);
     const auto add_values = [&]<size_t C>(std::integral_constant<size_t, C>, size_t d) {
         Vec out[N][C];
         for (size_t i = 0; i < N; ++i)
             for (size_t c = 0; c < C; ++c) out[i][c] = load(sums + i * step + d + c * kLanes);
-        times_page<F, N>(weights, seen, values, dp, d, ahead, out);
+        times_page<F, N>(weights, (seen + kPair - 1) / kPair, values, dp, d, ahead, out);
         for (size_t i = 0; i < N; ++i)
             for (size_t c = 0; c < C; ++c) store(sums + i * step + d + c * kLanes, out[i][c]);
     };
@@ -135,23 +141,27 @@ void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, ptrdiff
 template <KvFormat F>
 void attend_format(const AttendArgs& a) {
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
+    const Factor<F>* q[kAttendQueries];
     for (size_t i = 0; i < a.n_queries; ++i) {
         std::memset(a.partial + i * step, 0, step * sizeof(float));
         a.partial[i * step + dp] = -INFINITY;
+        float* own = a.scratch + kQuad * kPage + i * dp;
+        std::memcpy(own, a.q[i], a.d * sizeof(float));
+        q[i] = as_factors<F>(own, a.d);
     }
     const auto page_at = [&](size_t position) {
         return a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride;
     };
     for (size_t position = a.begin; position < a.end; position += kPage) {
         const uint8_t* page = page_at(position);
-        const ptrdiff_t ahead = position + kPage < a.end ? page_at(position + kPage) - page : 0;
+        const ptrdiff_t ahead = position + kPage < a.end_ahead ? page_at(position + kPage) - page : 0;
         for (size_t i = 0; i < a.n_queries; i += kQuad) {
             const size_t n = a.n_queries - i < kQuad ? a.n_queries - i : kQuad;
             const auto take = n == 4   ? attend_page<F, 4>
                               : n == 3 ? attend_page<F, 3>
                               : n == 2 ? attend_page<F, 2>
                                        : attend_page<F, 1>;
-            take(a, i, page, i ? 0 : ahead, position);
+            take(a, i, q + i, page, i ? 0 : ahead, position);
         }
     }
 }

@@ -89,7 +89,8 @@ constexpr std::string_view kKvNames[] = {"bf16", "int8", "f32"};
 //          products and AMX tiles of bfloat16 take them
 //   int8   keys (D, 64), values (64, Dp), then 64 float32 key scales, 64 value scales;   f32: keys (D, 64), values (64,
 //   Dp)
-// Whoever stores the first positions of a page clears those after, so that it holds nothing but what its sequence wrote.
+// Whoever stores the first positions of a page clears those after, so that it holds nothing but what its sequence
+// wrote.
 struct KvPage {
     static constexpr size_t element_bytes(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::bf16 ? 2 : 1; }
     static constexpr size_t padded(size_t d) { return (d + 15) / 16 * 16; }
@@ -114,16 +115,17 @@ struct AttendArgs {
     size_t page_stride;                  // bytes from page to page
     const int32_t* page_table;           // position p lies in page page_table[p / kPage]
     size_t begin, end;  // the chunk's positions; begin is a multiple of kPage, end at most what the last sees
+    size_t end_ahead;   // pages before this position may be prefetched
     size_t d;
     float scale;  // of the scores, 1 / sqrt(D)
     KvFormat format;
     float* partial;  // out: a Partial of each query, one after another
-    float* scratch;  // kAttendScratchFloats, 64-byte aligned
+    float* scratch;  // attend_scratch_floats(d), 64-byte aligned
 };
 // What a chunk leaves of a query: Dp sums of exp(score - highest) * value, then highest, then the sum of
 // exp(score - highest), which is 0 where the query saw none of the chunk.
 constexpr size_t attend_partial_floats(size_t d) { return KvPage::padded(d) + 16; }
-constexpr size_t kAttendScratchFloats = kAttendQueries * kPage;
+constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (kPage + KvPage::padded(d)); }
 
 struct RowKernels {
     Isa isa;

@@ -152,6 +152,7 @@ class LLM:
                 "the model has no chat template, and fourfold does not guess one; "
                 "continue a plain text instead, with `fourfold run` or `LLM.generate`"
             )
+        chosen.check_fits(self.tokenizer)
         ids = self.tokenizer.encode(chosen.render(messages), add_special_tokens=False)
         return self._stream(ids, params, after=())
 

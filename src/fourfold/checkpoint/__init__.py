@@ -27,16 +27,14 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
     there is no checkpoint or it is damaged, and UnsupportedError where it is sound but asks for something that fourfold
     does not do.
     """
+    files = find_tokenizer([Path(tokenizer)]) if tokenizer is not None else {}
+    if tokenizer is not None and not files.keys() & set(VOCABULARIES):
+        raise CheckpointError(f"{tokenizer} has neither {' nor '.join(VOCABULARIES)}, so it holds no tokenizer")
     source = _open(Path(path))
     if tokenizer is None:
         return source
-    files = find_tokenizer([Path(tokenizer)])
-    if not files.keys() & set(VOCABULARIES):
-        source.close()
-        raise CheckpointError(f"{tokenizer} has neither {' nor '.join(VOCABULARIES)}, so it holds no tokenizer")
     both = source.fingerprint + fingerprint(source.config, files.values())
-    name = hashlib.sha256(both.encode()).hexdigest()
-    return dataclasses.replace(source, tokenizer_files=files, fingerprint=name)
+    return dataclasses.replace(source, tokenizer_files=files, fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
 
 def _open(path: Path) -> Source:

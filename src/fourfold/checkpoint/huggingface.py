@@ -45,7 +45,9 @@ def open_huggingface(path: Path) -> Source:
     """The model in a directory. Raises CheckpointError or UnsupportedError, in a sentence that names what is wrong."""
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model")
+        raise CheckpointError(
+            f"{path} has no config.json and no mp_rank_00, so it is no model of Hugging Face or Megatron"
+        )
     fields = read_json(config_file)
     if "fourfold" in fields:
         raise CheckpointError(f"{path} is converted already; give the model that it was converted from")

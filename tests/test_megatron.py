@@ -18,11 +18,12 @@ from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.models import weight_specs
 from megatron_writer import arguments, write_megatron
-from torch_writer import Global, Reduce
+from torch_writer import Global, Raw, Reduce
 
 REFUSALS = (CheckpointError, UnsupportedError)
 WEIGHTS = tiny.tensors(tiny.YUAN)
 EMBED = "model.embed_tokens"
+HUGE = Raw(b"\x8b" + (10**4).to_bytes(4, "little") + b"\x01" * 10**4)  # a number that Python does not print
 SYSTEM = Reduce(Global("os", "system"), ("false",))
 
 
@@ -111,6 +112,7 @@ def test_ranks_of_another_iteration(model: Path, tmp_path: Path) -> None:
     shutil.rmtree(ranks(model)[1])
     shutil.copytree(other / "iter_0000400" / "mp_rank_00_001", model / "iter_0000500" / "mp_rank_00_001")
     assert "is of iteration 500 and" in refusal(model)
+    _read_all(altered(tmp_path, lambda content, *_: content.update(iteration=HUGE)))
 
 
 def test_a_truncated_rank(model: Path) -> None:
@@ -256,6 +258,7 @@ def test_the_published_models_arguments() -> None:
         ({"num_attention_heads": None}, "does not say num_attention_heads"),
         ({"num_layers": "2"}, "num_layers to '2'; it must be an integer"),
         ({"num_layers": 2**70}, "num_layers to"),
+        ({"num_layers": HUGE}, "num_layers to a number of thousands of digits"),
         ({"num_layers": 3}, "has 2 layers in all its stages, and the model has 3"),
         ({"hidden_size": 255}, "hidden_size to 255, which must be even and a multiple of 4 heads"),
         ({"ffn_hidden_size": 300}, "mlp.up_proj.weight should have shape (300, 256), and has (200, 256)"),

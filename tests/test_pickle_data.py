@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +83,7 @@ def in_a_process(script: str, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
 
 
+EMPTY = Storages([np.zeros(0, np.float32)]).view(0, 0, (0,), (1,))
 HOSTILE: dict[str, tuple[Any, str]] = {
     "a call": (Reduce(SYSTEM, ("touch executed",)), "asks to import posix.system, which weights do not need"),
     "a name": (SYSTEM, r"asks to import posix\.system"),
@@ -124,11 +126,14 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "items for a number": (Raw(b"K\x01(X\x01\x00\x00\x00aNu"), "its pickle breaks off"),
     "a list for a dictionary": (Raw(b"}(Ne"), "its pickle breaks off"),
     "deep": (Raw(b"\x85".join([b")"] + [b""] * 200_000)), "x is no tensor but of Python's type tuple"),
-    "a deep key": (Raw(b"}" + b"\x85".join([b")"] + [b""] * 200_000) + b"Ns"), "damaged: tensors without a name"),
+    "a deep key": (Raw(b"}" + b"\x85".join([b")"] + [b""] * 200_000) + b"Ns"), "damaged: a tensor has no name"),
     "itself": (Raw(b"}q\x00X\x01\x00\x00\x00ah\x00s"), "holds no dictionary of tensors under x.a.a.a"),
+    "a long name": (Raw(b"c" + b"o" * 201 + b"\nx\n"), "its pickle breaks off"),
+    "a tensor with a long name": ({"x" * 1001: {"y": None}}, "a tensor has no name, or that of another"),
+    "two of one name": ({"y": {"z": EMPTY}, "y.z": EMPTY}, "a tensor has no name, or that of another"),
     "a number": (7, "x is no tensor but of Python's type int"),
     "a list": ([1], "x is no tensor but of Python's type list"),
-    "a tensor without a name": ({3: 4}, "tensors without a name"),
+    "a tensor without a name": ({3: 4}, "a tensor has no name, or that of another"),
 }
 
 
@@ -136,7 +141,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
 def test_a_hostile_pickle_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     content, said = HOSTILE[name]
-    path = Storages().write(tmp_path / "w.bin", None, pickle=pickled({"x": content}))
+    path = Storages([np.zeros(0, np.float32)]).write(tmp_path / "w.bin", {"x": content})
     assert re.search(said, refusal(path))
     assert [file.name for file in tmp_path.iterdir()] == ["w.bin"]
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import tiny
 import torch_writer
+from fourfold import cli
 from fourfold.checkpoint import Source, check_complete, open_source
 from fourfold.engine import Engine
 from fourfold.models import weight_specs
@@ -163,3 +164,35 @@ def test_the_published_precision_is_bfloat16(shared: Path, tmp_path: Path) -> No
             convert(complete(source), tmp_path / f"{form}.nf4", "nf4")
         written[form] = (tmp_path / f"{form}.nf4" / "model.safetensors").read_bytes()
     assert len(set(written.values())) == 1
+
+
+def test_a_megatron_model_whose_tokenizer_lies_elsewhere_answers(
+    yuan_tokenizer: Path, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, with the real vocabulary: its last rows are padding."""
+    config = tiny.YUAN | {"vocab_size": 135040, "hidden_size": 64, "num_attention_heads": 1, "eos_token_id": 77185}
+    write_megatron(tmp_path / "model", config, tiny.tensors(config), 2, [1, 1])
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any], str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*map(str, arguments), "--json"])
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), json.loads(out.splitlines()[-1]) if out else {}, err
+
+    source, made = tmp_path / "model", tmp_path / "made"
+    status, _, err = run("quantize", source, made, "--tokenizer", shared / "stories15M")
+    assert (status, err.count("\n"), made.exists()) == (2, 1, False)
+    assert f"{shared / 'stories15M' / 'tokenizer.model'} is not Yuan's tokenizer" in err
+    status, result, err = run("quantize", source, made, "--tokenizer", yuan_tokenizer, "--format", "int8")
+    assert (status, err) == (0, "")
+    assert result["tokenizer_files"] == ["special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"]
+    status, answer, _ = run(
+        "run", made, "-p", "北京", "--max-tokens", 5, "--temperature", 9, "--chat-template", "yuan-n"
+    )
+    assert (status, answer["prompt_tokens"]) == (0, 3)
+    assert max(answer["token_ids"]) < 134958
+    status, result, _ = run("quantize", source, tmp_path / "bare", "--format", "int8")
+    assert (status, result["tokenizer_files"]) == (0, [])
+    status, _, err = run("run", tmp_path / "bare", "-p", "北京")
+    assert status == 2
+    assert "`fourfold quantize SRC DST --tokenizer DIR` takes one from elsewhere" in err

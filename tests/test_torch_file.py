@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from fourfold.checkpoint.pickle_data import Call, Name
 from fourfold.checkpoint.source import MappedFile
 from fourfold.checkpoint.torch_file import WEIGHTS, TorchFile, weights
 from fourfold.errors import CheckpointError, UnsupportedError
-from torch_writer import Global, Reduce, Storages, ordered
+from torch_writer import Global, Reduce, Storages, ordered, pickled
 
 REFUSALS = (CheckpointError, UnsupportedError)
 
@@ -257,6 +258,27 @@ def test_a_table_of_contents_of_absurd_size(tmp_path: Path) -> None:
         file.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1))
         file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
     assert f"its table of contents would have {size - 98} bytes" in refusal(tmp_path / "w.bin")
+
+
+def test_files_far_beyond_four_gigabytes(tmp_path: Path) -> None:
+    """Two storages of 40 GB, all holes but their last rows, read at once and with no more memory than those rows."""
+    storages, shape = Storages([np.zeros(1, np.float32)] * 2), (10_000_000, 1000)
+    content = {name: storages.view(i, 0, shape, (1000, 1), numel=10**10) for i, name in enumerate("ab")}
+    path = tmp_path / "w.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w/data.pkl", pickled(content))
+        for i, value in enumerate((7, 8)):
+            info = zipfile.ZipInfo(f"w/data/{i}")
+            archive.writestr(info, b"")
+            assert archive.fp
+            archive.fp.seek(4 * 10**10 - 4000, os.SEEK_CUR)
+            archive.fp.write(np.full(1000, value, np.float32).tobytes())
+            info.file_size = info.compress_size = 4 * 10**10
+            archive.start_dir = archive.fp.tell()  # type: ignore[attr-defined]
+    tensors = opened(path)
+    for name, value in (("a", 7), ("b", 8)):
+        rows = tensors[name].rows(10**7 - 2, 10**7)
+        assert (rows.sum(), rows[1].min()) == (1000 * value, value)
 
 
 def test_truncated_anywhere(small: Path) -> None:

@@ -121,7 +121,7 @@ def _check_same_iteration(files: Sequence[TorchFile]) -> None:
     of: dict[int, Path] = {}
     for file in files:
         iteration = file.content.get("iteration") if isinstance(file.content, dict) else None
-        if type(iteration) is int:
+        if type(iteration) is int and 0 <= iteration < 2**63:
             of.setdefault(iteration, file.file.path)
     if len(of) > 1:
         (first, here), (second, there), *_ = of.items()

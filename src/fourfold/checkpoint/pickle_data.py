@@ -21,6 +21,7 @@ from fourfold.errors import CheckpointError, UnsupportedError
 MAX_BYTES = 64 << 20
 MAX_INSTRUCTIONS = 4_000_000  # 30 times what the whole of a 100-billion-parameter model with its optimizer takes
 _INSTRUCTIONS = {opcode.code.encode("latin-1"): opcode for opcode in opcodes}
+MAX_NAME = 200  # characters of what would be imported
 DICTIONARIES = ("collections.OrderedDict",)  # made empty and then filled: a dictionary, like any other
 
 
@@ -141,11 +142,11 @@ class _Machine:
         if not (isinstance(module, str) and isinstance(name, str) and module and name):
             _damaged()
         found = Name(module, name)
-        if not str(found).isprintable():
+        if len(module) + len(name) > MAX_NAME or not str(found).isprintable():
             _damaged()
         if self.names is not None and str(found) not in self.names:
             raise CheckpointError(
-                f"{self.where} asks to import {str(found)[:80]}, which weights do not need; nothing of it was run:"
+                f"{self.where} asks to import {found}, which weights do not need; nothing of it was run:"
                 " get the file from a source that you trust"
             )
         self.push(found)

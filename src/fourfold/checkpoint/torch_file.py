@@ -39,7 +39,7 @@ _OTHER_STORAGES = (f"torch.{kind}Storage" for kind in ("Double", "Long", "Int", 
 WEIGHTS = frozenset({_TENSOR, _PARAMETER, "collections.OrderedDict", *DTYPES, *_OTHER_STORAGES})
 
 MAX_LISTING = 16 << 20  # bytes of a zip's table of contents
-MAX_ENTRIES, MAX_DEPTH = 100_000, 8  # of dictionaries of tensors
+MAX_ENTRIES, MAX_DEPTH, MAX_NAME = 100_000, 8, 1000  # of dictionaries of tensors, and characters of a tensor's name
 MAX_AXES = 8
 
 
@@ -87,9 +87,9 @@ class TorchFile:
                 raise CheckpointError(f"{self.file.path} holds more than {MAX_ENTRIES} tensors")
             check_names((key for key in branch if isinstance(key, str)), str(self.file.path))
             for key, value in branch.items():
-                name = f"{prefix}{key}"
-                if not isinstance(key, str) or name in found:
-                    raise CheckpointError(f"{self.file.path} is damaged: tensors without a name, or two of one name")
+                fits = isinstance(key, str) and len(prefix) + len(key) <= MAX_NAME
+                if not fits or (name := f"{prefix}{key}") in found:
+                    raise CheckpointError(f"{self.file.path} is damaged: a tensor has no name, or that of another")
                 if isinstance(value, dict):
                     waiting.append((f"{name}.", depth + 1, value))
                 else:

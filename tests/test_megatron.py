@@ -184,6 +184,7 @@ ALTERED: dict[str, tuple[Change, str]] = {
         put("layers.0.mlp.dense_h_to_4h.bias"),
         f"holds the tensor mp_rank_00_000/{IN_ENCODER}.layers.0.mlp.dense_h_to_4h.bias, which a yuan model does not",
     ),
+    "two ways to write a layer": (put("layers.00.mlp.x"), f"mp_rank_00_000/{IN_ENCODER}.layers.00.mlp.x, which a yuan"),
     "an untied head": (untie, "holds the tensor mp_rank_00_000/language_model.output_layer.weight"),
     "a dense matrix with one axis": (put(DENSE), "should be a matrix, and has shape (256,)"),
     "experts": (put("layers.0.mlp.experts.weight1"), "mlp.experts.weight1: it belongs to Yuan2-M32 and Yuan 3.0"),

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from fourfold.models.rows import SourceTensor
 
 LATEST, FILE, CONFIG = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "config.json"
-ITERATION = re.compile(r"iter_\d{7,}|release")
-RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+ITERATION = re.compile(r"iter_[0-9]{7,}|release")
+RANK = re.compile(r"mp_rank_([0-9]{2})(?:_([0-9]{3}))?")
 EMBEDDING, HEAD = "language_model.embedding.word_embeddings.weight", "word_embeddings_for_head.weight"
 FINAL_NORM = "language_model.encoder.final_layernorm.weight"
-LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,4})\.(.+)")
+LAYER = re.compile(r"language_model\.encoder\.layers\.(0|[1-9][0-9]{0,3})\.(.+)")
 PADDING = 128  # a vocabulary is filled up to a multiple of this, or of this times the tensor ranks
 
 Named = dict[str, "SourceTensor"]

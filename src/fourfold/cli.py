@@ -33,7 +33,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine, as fractions of its own limits.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str, typer.Argument(help="A fourfold or Hugging Face directory, a GGUF file, or smollm2.")]
+Model = Annotated[str, typer.Argument(help="A fourfold, Hugging Face or Megatron directory, a GGUF file, or smollm2.")]
 Format = Annotated[str | None, typer.Option(help="nf4 (default), int4, fp4, int8, bf16 or f32.", show_default=False)]
 Ranks = Annotated[int | None, typer.Option(help="Slices of the model; one to a NUMA node by default.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of all ranks together; one to a core by default.")]
@@ -138,8 +138,11 @@ def chat(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory or a GGUF file.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face or Megatron directory, or a GGUF file.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A directory with the tokenizer, if it lies elsewhere.")
+    ] = None,
     format: Format = None,
     threads: Threads = None,
     json: Json = False,
@@ -152,10 +155,11 @@ def quantize(
     from fourfold.progress import bar
     from fourfold.quantize import convert
 
-    with open_source(source_path(source)) as opened, bar(f"converting {source}") as report:
+    with open_source(source_path(source), tokenizer) as opened, bar(f"converting {source}") as report:
         check_text(opened)
         lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
-    _show({"path": str(destination), **lost.to_dict()}, json, render_quality)
+        files = sorted(opened.tokenizer_files)
+    _show({"path": str(destination), "tokenizer_files": files, **lost.to_dict()}, json, render_quality)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
 from fourfold.llm import LLM, Completion, Stream
 from fourfold.locate import BUNDLED, fourfold_format
@@ -32,7 +33,9 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def load(options: Mapping[str, Any]) -> LLM:
-    """The model that the options name."""
+    """The model that the options name; a chat template that does not exist is refused before it is loaded."""
+    if options["chat_template"] is not None:
+        ChatTemplate.built_in(options["chat_template"])
     return LLM(options["model"], **{name: options[name] for name in LLM_OPTIONS})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from fourfold.chat_template import ChatTemplate, Message
 from fourfold.checkpoint.fields import MAX_SIZE
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
-from fourfold.errors import UserError
+from fourfold.errors import CheckpointError, UserError
 from fourfold.locate import fourfold_directory
 from fourfold.progress import bar
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
@@ -61,7 +62,7 @@ class LLM:
         kv: str | None = None,
         rope_angles: str | None = None,
     ) -> None:
-        """Load a fourfold directory, a Hugging Face directory, a GGUF file or a bundled model (`smollm2`).
+        """Load a fourfold, Hugging Face or Megatron directory, a GGUF file or a bundled model (`smollm2`).
 
         A source that is not in a fourfold format yet is converted once and kept, with a progress bar on a terminal.
 
@@ -104,7 +105,10 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError where its directory has none."""
         if self._tokenizer is None:
-            raise UserError("the model's directory has no tokenizer, so it knows ids only: give ids in place of a text")
+            raise UserError(
+                "the model has no tokenizer, so it knows ids only: give ids in place of a text,"
+                " or take one from elsewhere with `fourfold quantize SRC DST --tokenizer DIR`"
+            )
         return self._tokenizer
 
     @property
@@ -148,6 +152,7 @@ class LLM:
                 "the model has no chat template, and fourfold does not guess one; "
                 "continue a plain text instead, with `fourfold run` or `LLM.generate`"
             )
+        chosen.check_fits(self.tokenizer)
         ids = self.tokenizer.encode(chosen.render(messages), add_special_tokens=False)
         return self._stream(ids, params, after=())
 
@@ -286,13 +291,17 @@ def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatT
 
 def check_text(source: Source) -> None:
     """Raises before a conversion what `load_text` would raise after it."""
-    if source.path.is_dir():
-        load_text(source.path, source.config.vocab_size)
-        return
+    whose = {content.parent for content in source.tokenizer_files.values() if isinstance(content, Path)} or {
+        source.path
+    }
     with TemporaryDirectory() as directory:
         for name, content in source.tokenizer_files.items():
             Path(directory, name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        load_text(Path(directory), source.config.vocab_size)
+        Path(directory, "config.json").write_text(json.dumps({"model": source.config.to_dict()}), encoding="utf-8")
+        try:
+            load_text(Path(directory), source.config.vocab_size)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(directory, str(whose.pop()))) from None
 
 
 def _ids(values: ArrayLike, what: str) -> list[int]:

@@ -87,6 +87,10 @@ class Tokenizer:
                 raise UserError(f"id {i} is not the tokenizer's, whose ids are 0 to {self.vocab_size - 1}")
         return self._backend.decode(ids, skip_special)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token that is written so; None where there is none."""
+        return self._backend.id_of(token)
+
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for ids that arrive one at a time, and whose text continues that of `after`."""
         return StreamDecoder(self.decode, self._backend.byte_ids, after)

@@ -77,7 +77,7 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor that lies in a file as it is, first axis outermost; rows are views of the mapping."""
+    """A tensor that lies in a file as it is, first axis outermost; rows are views of the mapping where aligned."""
 
     file: MappedFile
     offset: int
@@ -88,7 +88,7 @@ class MappedTensor:
         assert 0 <= start <= stop <= self.shape[0]
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         packed = self.file.read(self.offset + start * row_bytes, self.offset + stop * row_bytes)
-        return packed.view(self.dtype).reshape(stop - start, *self.shape[1:])
+        return np.require(packed.view(self.dtype).reshape(stop - start, *self.shape[1:]), requirements="A")
 
 
 def read_json(path: Path) -> dict[str, Any]:

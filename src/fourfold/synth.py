@@ -34,7 +34,7 @@ from fourfold.models import WeightSpec
 from fourfold.quantize import checked_format, checked_threads
 
 POOL_GROUPS = 2048  # 4 MB of NF4: drawn from, it stays in the caches
-PIECE_BYTES = 16 << 20  # written at once; each thread holds one
+PIECE_BYTES = 4 << 20  # written at once; each thread holds one
 BIAS_SIGMA = 0.02
 VERSION = 1  # of what a seed gives; a change of the bytes is another version
 
@@ -53,7 +53,7 @@ def synthesize(
 ) -> None:
     """Writes a model of random weights, the same for the same seed, to the directory `dst`; it has no tokenizer.
 
-    Interrupted, it goes on where it stopped. Memory is about 30 MB a thread and 30 MB (f32: 100 MB) a width.
+    Interrupted, it goes on where it stopped. Memory is some 10 MB a thread and 10 MB (f32: 70 MB) for each K.
     `progress` counts bytes written. Raises UserError where `dst` exists or for a format, seed or number of threads that
     cannot be, ResourceError where the disk has no room.
     """

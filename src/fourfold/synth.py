@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fourfold._core as _core
+from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.fourfold_dir import Progress, kind_of
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import ModelConfig, WeightFormat
@@ -54,10 +55,11 @@ def synthesize(
     """Writes a model of random weights, the same for the same seed, to the directory `dst`; it has no tokenizer.
 
     Interrupted, it goes on where it stopped. Memory is some 10 MB a thread and 10 MB (f32: 70 MB) for each K.
-    `progress` counts bytes written. Raises UserError where `dst` exists or for a format, seed or number of threads that
-    cannot be, ResourceError where the disk has no room.
+    `progress` counts bytes written. Raises UserError where `dst` exists or for a model, format, seed or number of
+    threads that cannot be, ResourceError where the disk has no room.
     """
     fmt, n_threads = checked_format(fmt), checked_threads(threads)
+    check(config, "what is asked for")
     if seed < 0:
         raise UserError(f"seed must be at least 0, not {seed}")
     recipe: dict[str, Any] = {"weights": "random, of no source", "seed": seed, "synth": VERSION}

@@ -23,7 +23,7 @@ FLOORS = (
     ("errors",),
     ("config", "format", "machine"),
     ("models", "program", "footprint", "rotary"),
-    ("checkpoint", "quantize", "synth", "locate"),
+    ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine",),
     (

@@ -190,6 +190,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_could_not_be_opened_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="token 300 lies outside the vocabulary"):
+        synth.synthesize(dataclasses.replace(CONFIG, eos_ids=(300,)), tmp_path / "model", "nf4")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_of_one_thread_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synth, "_vector", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -288,6 +288,32 @@ def bench_prefill(
     _bench("prefill", locals())
 
 
+@bench.command(name="load")
+def bench_load(
+    model: Model = MODEL,
+    format: Format = None,
+    threads: Threads = None,
+    ranks: Ranks = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """A model from the page cache into memory: GB/s against the copy bandwidth, peak memory against the weights."""
+    _bench("load", locals())
+
+
+@bench.command(name="quantize")
+def bench_quantize(
+    format: Format = None,
+    threads: Threads = None,
+    gigabytes: Annotated[float | None, typer.Option(help="Of the bfloat16 checkpoint that is made for it.")] = None,
+    directory: Annotated[str | None, typer.Option(help="Where it is made, and taken away again.")] = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """A conversion from a warm checkpoint to the disk: GB/s of source against the packer's and the disk's."""
+    _bench("quantize", locals())
+
+
 @bench.callback(invoke_without_command=True)
 def bench_top(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.locate import DEFAULT_FORMAT, known_config
 from fourfold.models import weight_specs
@@ -20,7 +19,7 @@ def synth(options: Mapping[str, Any]) -> dict[str, Any]:
     """Writes what the options ask for; what was written, and the rate, the disk's own part included."""
     config = known_config(options["config"])
     if options["layers"] is not None:
-        config = check(replace(config, n_layers=options["layers"]), "--layers")
+        config = replace(config, n_layers=options["layers"])
     start = perf_counter()
     with bar(f"writing {options['config']}") as report:
         synthesize(

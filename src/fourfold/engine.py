@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import fourfold._core as _core
 from fourfold import models
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.checkpoint.source import MappedFile
 from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.footprint import PAGE, Footprint, footprint
@@ -221,7 +222,7 @@ class _Assembly:
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
-        self._file = np.memmap(stored.weights_path, np.uint8, "r")
+        self._file = MappedFile(stored.weights_path)
 
     def run(self) -> None:
         for op in self._builder.ops:
@@ -236,12 +237,13 @@ class _Assembly:
             w = self._stored.weights[name]
             plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
             native = _core.make_weight(w.format, *w.shape, plans, self._team)
-            panels = self._file[w.data_offset : w.data_offset + w.data_bytes].reshape(-(-w.shape[0] // 16), -1)
+            panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(-(-w.shape[0] // 16), -1)
             scales = None
             if w.scale_offset is not None:
-                raw = self._file[w.scale_offset : w.scale_offset + 4 * len(panels)]
+                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * len(panels))
                 scales = np.frombuffer(raw.tobytes(), np.float32)
             native.load(self._team, panels, scales)
+            self._file.forget(self._file.take_reads())  # or the file would be in memory beside the copy
             self._loaded += w.data_bytes
             if self._report:
                 self._report(self._loaded, sum(other.data_bytes for other in self._stored.weights.values()))

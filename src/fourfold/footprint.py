@@ -11,7 +11,7 @@ from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
-HUGE_PAGE = 2 << 20
+SMALL_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Footprint:
     """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
-    room: tuple[int, ...]  # for those slices: whole pages of memory, huge ones for all but the small
+    room: tuple[int, ...]  # for those slices: whole pages of memory
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular
@@ -40,8 +40,7 @@ class Footprint:
 
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
-    unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
-    return -(-n_bytes // unit) * unit
+    return -(-n_bytes // SMALL_PAGE) * SMALL_PAGE
 
 
 def footprint(

@@ -111,11 +111,14 @@ void Worker::release() {
 }
 
 void Worker::barrier() {
+    if (timeline) timeline->enter_barrier();
     arrive();
     release();
+    if (timeline) timeline->leave_barrier();
 }
 
 void Worker::barrier_all() {
+    if (timeline) timeline->enter_barrier();
     arrive();
     ++epoch_all_;
     if (thread == 0 && n_ranks > 1) {
@@ -130,6 +133,7 @@ void Worker::barrier_all() {
         }
     }
     release();
+    if (timeline) timeline->leave_barrier();
 }
 
 Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move(plan)) {
@@ -179,6 +183,7 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
             std::unique_lock lock(state->mutex);
             if (!state->broken) job = state->job;
             lock.unlock();
+            worker.timeline = nullptr;
             if (job) job(worker);
         } catch (...) {
             state->fail(std::current_exception());

@@ -288,6 +288,18 @@ def bench_prefill(
     _bench("prefill", locals())
 
 
+@bench.command(name="reduce")
+def bench_reduce(
+    ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="Of all ranks together; one a rank by default.")] = None,
+    kb: Annotated[int | None, typer.Option(help="Of each rank's sums. [default: 16]", show_default=False)] = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """The sums of all ranks: latency against that of the hand-over from core to core."""
+    _bench("reduce", locals())
+
+
 @bench.callback(invoke_without_command=True)
 def bench_top(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

@@ -10,7 +10,8 @@ namespace fourfold {
 
 namespace {
 constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes together
-}
+constexpr size_t kMarksAnOp = 8;   // more than any op makes: a phase and a barrier, a few times over
+}  // namespace
 
 Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
     : team_(std::move(team)),
@@ -121,6 +122,7 @@ void Program::finish() {
                                    plan.node);
         auto& threads = scratch_.emplace_back();
         for (size_t t = 0; t < plan.cpus.size(); ++t) threads.emplace_back(scratch, plan.node);
+        timelines_.emplace_back(plan.cpus.size());
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
     }
 }
@@ -142,12 +144,33 @@ void Program::step(const Step& given) {
     step.row_sequence = {row_sequence_.data(), step.n_tokens()};
     step.row_position = {row_position_.data(), step.n_tokens()};
     step.blocks = blocks_;
-    team_->run([self = shared_from_this(), step](Worker& worker) {
-        for (const auto& op : self->ops_) {
-            op->run(*self, worker, step);
-            op->ends_globally() ? worker.barrier_all() : worker.barrier();
+    team_->run([self = shared_from_this(), step](Worker& worker) { self->walk(worker, step); });
+}
+
+void Program::walk(Worker& worker, const Step& step) {
+    Timeline* timeline = recording_ ? &timelines_[worker.rank][worker.thread] : nullptr;
+    worker.timeline = timeline;
+    if (timeline) timeline->clear();
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        if (timeline) timeline->enter(static_cast<int32_t>(i));
+        ops_[i]->run(*this, worker, step);
+        ops_[i]->ends_globally() ? worker.barrier_all() : worker.barrier();
+    }
+    if (timeline) timeline->end();
+}
+
+void Program::record(bool wanted) {
+    const std::lock_guard turn(turn_);
+    recording_ = wanted;
+    for (auto& rank : timelines_)
+        for (Timeline& timeline : rank) {
+            timeline = {};
+            if (wanted) timeline.reserve(ops_.size() * kMarksAnOp);
         }
-    });
+}
+
+const std::vector<Mark>& Program::marks(size_t rank, size_t thread) const {
+    return timelines_.at(rank).at(thread).marks();
 }
 
 size_t Program::kv_bytes() const {

@@ -108,6 +108,11 @@ class Program : public std::enable_shared_from_this<Program> {
     // One step; callers take turns. They have checked sizes: rows <= max_tokens, positions < context, ids in range.
     void step(const Step& step);
 
+    // Whether later steps record what each thread does; what was recorded before is forgotten.
+    void record(bool wanted);
+    // The thread's marks in the last recorded step; none before it. Not during a step.
+    const std::vector<Mark>& marks(size_t rank, size_t thread) const;
+
     size_t kv_bytes() const;  // of all ranks' caches
     // Kernels that a step of M tokens would run, by weight format.
     std::map<std::string, std::string> kernels(size_t m) const;
@@ -143,6 +148,7 @@ class Program : public std::enable_shared_from_this<Program> {
   private:
     friend struct Ops;
     const LinearKernel& kernel(Format format, size_t m) const;
+    void walk(Worker& worker, const Step& step);  // one thread's part
 
     std::shared_ptr<Team> team_;
     const ProgramOptions options_;
@@ -158,6 +164,8 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
     const size_t attend_chunk_;                     // positions
     std::vector<NodeMemory> partials_;              // per rank: of attention that threads share
+    std::vector<std::vector<Timeline>> timelines_;  // the same
+    bool recording_ = false;
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fourfold import bench, cli
-from fourfold.bench import conversion, limits, matrix, model
+from fourfold.bench import conversion, limits, matrix, model, reduction
 from fourfold.checkpoint import open_source
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.machine import read_machine
@@ -176,6 +176,63 @@ def test_logits_that_change_have_no_figures(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setattr(model.Engine, "extend", lambda *fed: extend(*fed) + rng.random(dtype=np.float32))
     with pytest.raises(RuntimeFailure, match="different logits"):
         bench.decode(model=str(tiny_model), tokens=2, repeats=2)
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_rank_without_outputs_leaves_the_others_theirs() -> None:
+    for _ in range(20):  # a step checks what came out
+        bench.linear(k=64, n=16, tokens=1, ranks=2, gigabytes=1e-9, repeats=1)
+
+
+needs_two_cpus = pytest.mark.skipif(len(read_machine().nodes[0].usable_cpus) < 2, reason="needs a CPU for each rank")
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_reduce_gives_the_latency_beside_the_hand_over(run: Run, monkeypatch: pytest.MonkeyPatch, n_ranks: int) -> None:
+    monkeypatch.setattr(reduction, "STEPS", 2)
+    monkeypatch.setattr(reduction, "HANDOVERS", 20)
+    if n_ranks > len(read_machine().nodes[0].usable_cpus):
+        with pytest.raises(ResourceError, match=f"{n_ranks} ranks need as many CPUs to be measured, and 2 are usable"):
+            bench.reduce(ranks=n_ranks)
+        return
+    result = run("reduce", "--ranks", str(n_ranks), "--kb", "3", "--repeats", "2")
+    assert (result["bench"], result["ranks"], result["threads"], result["kb"]) == ("reduce", n_ranks, n_ranks, 3)
+    assert result["reductions"] == 2 * 2 * reduction.REDUCTIONS
+    for figure in (result["us"], result["p99_us"], result["of_limit"], *result["limits"].values()):
+        assert is_spread(figure)
+    assert result["us"]["median"] <= result["p99_us"]["median"]
+    assert result["limits"]["round_trip_us"]["min"] < 2 * result["limits"]["handover_us"]["max"]
+
+
+@needs_two_cpus
+def test_a_wrong_sum_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(reduction._Reductions):
+        def __init__(self, plan: Any, width: int) -> None:
+            super().__init__(plan, width)
+            self._truth = self._truth + 1
+
+    monkeypatch.setattr(reduction, "HANDOVERS", 20)
+    monkeypatch.setattr(reduction, "_Reductions", Wrong)
+    with pytest.raises(RuntimeFailure, match="sums are wrong"):
+        bench.reduce(kb=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 1}, "at least 2 ranks"),
+        ({"ranks": 0}, "ranks must be at least 1"),
+        ({"kb": 0}, "kb must be at least 1"),
+        ({"kb": 1 << 40}, "kb must be at most 4096"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"ranks": 60}, "60 ranks need as many CPUs"),
+        ({"ranks": 2, "threads": 1}, "1 threads do not fit 2 ranks"),
+    ],
+)
+def test_reduce_refuses_what_it_cannot_measure(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((UserError, ResourceError), match=message):
+        bench.reduce(**options)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")]
+Trace = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a trace of every thread for Perfetto, and show a table.")
+]
 Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
@@ -96,6 +99,7 @@ def run(
     rope_angles: RopeAngles = None,
     chat_template: Template = None,
     raw: Raw = False,
+    profile: Trace = None,
     json: Json = False,
 ) -> int:
     """One answer, streamed to stdout."""
@@ -286,6 +290,18 @@ def bench_prefill(
 ) -> None:
     """A model over a whole prompt: tokens/s and FLOP/s against the peak."""
     _bench("prefill", locals())
+
+
+@bench.command(name="reduce")
+def bench_reduce(
+    ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="Of all ranks together; one a rank by default.")] = None,
+    kb: Annotated[int | None, typer.Option(help="Of each rank's sums. [default: 16]", show_default=False)] = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """The sums of all ranks: latency against that of the hand-over from core to core."""
+    _bench("reduce", locals())
 
 
 @bench.command(name="load")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold import cli_profile
 from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
 from fourfold.llm import LLM, Completion, Stream
@@ -42,6 +43,7 @@ def load(options: Mapping[str, Any]) -> LLM:
 def run(options: Mapping[str, Any]) -> int:
     """One answer; the exit status."""
     params, prompt = sampling_params(options), _prompt(options)
+    trace = None if options["profile"] is None else cli_profile.check_path(options["profile"])
     with load(options) as llm:
         plain = options["raw"] or isinstance(prompt, list)
         plain = plain or (llm.chat_template is None and options["chat_template"] is None)
@@ -52,12 +54,16 @@ def run(options: Mapping[str, Any]) -> int:
         else:
             messages = [*_system(options), {"role": "user", "content": str(prompt)}]
             stream = llm.chat_stream(messages, params, template=options["chat_template"])
-        completed = _show(stream, quiet=options["json"])
+        with contextlib.nullcontext() if trace is None else llm.profile() as profile:
+            completed = _show(stream, quiet=options["json"])
         completion = stream.completion
+        found = {} if trace is None or profile is None else {"profile": cli_profile.report(profile, trace)}
         if options["json"]:
-            print(json.dumps({"model": options["model"], **_as_json(completion)}, ensure_ascii=False))
+            print(json.dumps({"model": options["model"], **_as_json(completion), **found}, ensure_ascii=False))
         else:
             print(speed(completion, llm.describe()), file=sys.stderr)
+            for report in found.values():
+                cli_profile.render(report)
     return 0 if completed else INTERRUPTED
 
 

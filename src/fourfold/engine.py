@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
+from time import perf_counter_ns
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.footprint import PAGE, Footprint, footprint
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import Machine, RankPlan, address_space_left, choose_isa, plan_ranks, read_machine
+from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
 from fourfold.rotary import rotary_tables
 
@@ -67,9 +70,10 @@ class Engine:
         self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
+        formats = {name: weight.format for name, weight in stored.weights.items()}
         self._footprint = footprint(
             builder,
-            {name: weight.format for name, weight in stored.weights.items()},
+            formats,
             kv=self.kv,
             context=self.context,
             max_tokens=MAX_STEP_TOKENS,
@@ -100,6 +104,8 @@ class Engine:
         _Assembly(self._program, self._team, builder, stored, report).run()
         self._program.finish()
         self._logits_width = -(-self.config.vocab_size // 16) * 16
+        self._op_facts = op_facts(builder, formats, self._kv_bytes_per_token() // self.config.n_layers)
+        self._profile: Profile | None = None
 
     def new_sequence(self) -> Sequence:
         """An empty text. Raises ResourceError where too many are under way."""
@@ -149,12 +155,39 @@ class Engine:
             out = np.empty((len(wanted), self._logits_width), np.float32)
             rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
             try:
+                called = perf_counter_ns()
                 program.step(piece, rows, pages, wanted.astype(np.int32), out)
+                returned = perf_counter_ns()
             except _core.StallError as error:
                 raise RuntimeFailure(str(error)) from None
+            if self._profile is not None:
+                self._record(self._profile, called, returned, len(piece), len(wanted), sequence.length)
             sequence.length += len(piece)
             pieces.append(out[:, : self.config.vocab_size])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Records what every thread does in the steps of the block. Raises UserError within another profile."""
+        with self._lock:
+            if self._profile is not None:
+                raise UserError("a profile is under way already; end it before another")
+            self._running().record(True)
+            profile = self._profile = Profile(self._op_facts, self.plan)
+        try:
+            yield profile
+        finally:
+            with self._lock:
+                profile.close()
+                self._profile = None
+                if "_program" in self.__dict__:
+                    self._program.record(False)
+
+    def _record(self, profile: Profile, called: int, returned: int, tokens: int, outputs: int, start: int) -> None:
+        program = self._running()
+        marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in profile.threads)
+        kernels = {rows: self.kernels(rows) for rows in {tokens, outputs}}
+        profile.add(StepFacts(called, returned, Work.of_step(tokens, outputs, start), kernels, marks))
 
     def kernels(self, n_tokens: int) -> dict[str, str]:
         """The linear kernel that a step of so many tokens runs, by weight format."""

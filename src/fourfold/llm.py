@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from fourfold.tokenizer import NoTokenizer, Tokenizer
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
     from fourfold.engine import Engine
+    from fourfold.profile import Profile
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
 
@@ -167,6 +169,13 @@ class LLM:
             return np.stack([self._engine.extend(sequence, [i]) for i in ids])
         finally:
             self._engine.free(sequence)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """A block whose steps are recorded, op by op and thread by thread: `Profile.summary`, `trace_file.write_trace`.
+
+        Raises UserError within another profile.
+        """
+        return self._engine.profile()
 
     def describe(self) -> dict[str, Any]:
         """What runs and how: the engine's own account (format, ranks, threads, ISA, bytes)."""

@@ -10,10 +10,9 @@ from rich.table import Table
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what one of the measurements returned: medians, and in brackets the spread of the repetitions."""
+    """Prints what a benchmark returned: medians, and in brackets the spread of the repetitions."""
     console.print(_title(result), style="bold", highlight=False)
-    table = {"linear": _linear, "decode": _decode, "prefill": _prefill, "load": _load, "quantize": _quantize}
-    console.print(table[result["bench"]](result))
+    console.print(_TABLES[result["bench"]](result))
     for line in [*_limits(result["limits"]), *_kernels(result), *result["notes"]]:
         console.print(line, highlight=False)
 
@@ -27,6 +26,8 @@ def _title(result: Mapping[str, Any]) -> str:
         what = f"load of {result['model']} in {result['format']}, {result['weight_bytes'] / 1e9:.2f} GB"
     elif result["bench"] == "quantize":
         what = f"quantize {result['source_bytes'] / 1e9:.2f} GB of bf16 to {result['format']}"
+    elif result["bench"] == "reduce":
+        what = f"all-reduce of {result['kb']} KB, {result['reductions']} times"
     else:
         what = f"{result['bench']} of {result['tokens']} tokens from position {result['context']}"
         what += f", {result['model']} in {result['format']}, KV in {result['kv']}"
@@ -90,6 +91,24 @@ def _quantize(result: Mapping[str, Any]) -> Table:
     )
 
 
+def _reduce(result: Mapping[str, Any]) -> Table:
+    return _facts(
+        ("µs, median", _range(result["us"], 2)),
+        ("µs, 99 of 100 below", _range(result["p99_us"], 2)),
+        ("limit over median", _range(result["of_limit"], 2)),
+    )
+
+
+_TABLES = {
+    "linear": _linear,
+    "decode": _decode,
+    "prefill": _prefill,
+    "load": _load,
+    "quantize": _quantize,
+    "reduce": _reduce,
+}
+
+
 def _facts(*rows: tuple[str, str]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:
@@ -108,6 +127,9 @@ def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
         pack, write = _range(limits["pack_gb_s"], 2), _range(limits["write_gb_s"], 2)
         yield f"Limits of quantizing: packing in memory, at {pack} GB/s of the source, on the same threads;"
         yield f"and writing the result to the same disk, at {write} GB/s of the source, synced."
+    if "handover_us" in limits:
+        trip, whole = _range(limits["round_trip_us"], 2), _range(limits["handover_us"], 2)
+        yield f"Limit: a word and the bytes from core to core, in {whole} µs; two words there and back take {trip} µs."
     if "peak_gflop_s" in limits:
         rates = _range(limits["peak_gflop_s"], 1)
         yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."

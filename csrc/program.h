@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "file_stream.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "team.h"
@@ -40,6 +41,7 @@ struct Step {
     // Made by Program::step.
     std::span<const int32_t> row_sequence, row_position;  // (M)
     std::span<const RowBlock> blocks;
+    uint64_t first_piece;  // of the file, where weights stay there
     size_t n_tokens() const { return tokens.size(); }
 };
 
@@ -76,6 +78,8 @@ class Program : public std::enable_shared_from_this<Program> {
 
     int add_buffer(std::vector<size_t> width, bool of_outputs);
     int add_weight(std::shared_ptr<Weight> weight);
+    // Where the panels of weights that are not in memory lie. Throws DiskError where the file cannot be opened.
+    void read_from(const std::string& path, double patience_seconds);
     // Angles' cosines and sines, (context, head_dim / 2) each.
     void set_rope(std::vector<float> cosines, std::vector<float> sines);
 
@@ -107,7 +111,8 @@ class Program : public std::enable_shared_from_this<Program> {
     // One step; callers take turns. They have checked sizes: rows <= max_tokens, positions < context, ids in range.
     void step(const Step& step);
 
-    size_t kv_bytes() const;  // of all ranks' caches
+    size_t kv_bytes() const;           // of all ranks' caches
+    uint64_t disk_bytes_read() const;  // weights, since the program was finished
     // Kernels that a step of M tokens would run, by weight format.
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
@@ -119,6 +124,7 @@ class Program : public std::enable_shared_from_this<Program> {
 
   private:
     friend struct Ops;
+    void add_streamed_linear(int src, std::vector<LinearPart> parts, bool partial);
     const LinearKernel& kernel(Format format, size_t m) const;
 
     std::shared_ptr<Team> team_;
@@ -136,6 +142,11 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;
+    // Of weights that stay in their file; empty where all are in memory.
+    std::unique_ptr<FileStream> stream_;
+    std::vector<FileStream::Piece> pieces_;          // of a step, in the order of the walk
+    std::vector<std::vector<NodeMemory>> gathered_;  // per rank and thread: the widest such weight's panel
+    uint64_t n_steps_ = 0;
 };
 
 // One step of the walk. run() is called by every thread; a barrier of its kind follows it.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
-from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
+from fourfold.format import panel_bytes
+from fourfold.program import TILE_K, TILE_N, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
-HUGE_PAGE = 2 << 20
+SMALL_PAGE, HUGE_PAGE = 4096, 2 << 20
 SCRATCH_BYTES = 128 << 10  # of a thread, at least
 KV_ELEMENT_BYTES: Mapping[KVFormat, int] = {"bf16": 2, "int8": 1, "f32": 4}
 
@@ -21,10 +24,12 @@ class Footprint:
     """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
-    room: tuple[int, ...]  # for those slices: whole pages of memory, huge ones for all but the small
+    slices: Mapping[str, tuple[int, ...]]  # by name, in the walk's order: whole pages of memory, huge ones but for small
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular
+    looked_up: frozenset[str]  # weights that are read by rows alone: an embedding that is no head
+    on_disk: tuple[int, ...]  # what a rank takes besides where weights are not in memory: scales, a panel a thread
 
     def kv(self, n_positions: int) -> int:
         """KV cache of one text, in whole pages, on all ranks."""
@@ -32,8 +37,13 @@ class Footprint:
 
     def rank(self, n_positions: int) -> tuple[int, ...]:
         """Each rank's bytes where one text has so many positions."""
+        rooms = zip(*self.slices.values(), strict=True)
+        return tuple(sum(r) + rest for r, rest in zip(rooms, self.besides_weights(n_positions), strict=True))
+
+    def besides_weights(self, n_positions: int) -> tuple[int, ...]:
+        """The same without any weight."""
         pages = -(-n_positions // PAGE)
-        return tuple(r + pages * k + a for r, k, a in zip(self.room, self.kv_page, self.work, strict=True))
+        return tuple(pages * k + a for k, a in zip(self.kv_page, self.work, strict=True))
 
     def total(self, n_positions: int) -> int:
         """All bytes where one text has so many positions."""
@@ -49,8 +59,13 @@ def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
 
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
-    unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
+    unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else SMALL_PAGE
     return -(-n_bytes // unit) * unit
+
+
+def resident_bytes() -> int:
+    """What this process holds of memory now, pages of mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def footprint(
@@ -64,7 +79,9 @@ def footprint(
 ) -> Footprint:
     """Of the program that was written on `builder`; `formats` are the weights', `threads` each rank's."""
     cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
-    weights, room, kv_page, work = [], [], [], []
+    weights, rooms, kv_page, work, on_disk = [], [], [], [], []
+    multiplied = {name for op in builder.ops if op.kind == "linear" for name, _, _ in op.weights}
+    panel = max(panel_bytes(formats[name], inputs.size) for name, (_, inputs) in cuts.items())
     _, buffers = assign_buffers(builder.ops, builder.activations)
     page = kv_page_bytes(kv, builder.config.head_dim) * sum(op.kind == "cache" for op in builder.ops)
     widest = max(-(-inputs.size // TILE_K) * TILE_K for _, inputs in cuts.values())
@@ -75,10 +92,14 @@ def footprint(
             for name, (n, k) in cuts.items()
         ]
         weights.append(sum(slices))
-        room.append(sum(map(_room, slices)))
+        rooms.append([_room(n_bytes) for n_bytes in slices])
+        n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())
+        on_disk.append(n_panels * F32 + len(cuts) * SMALL_PAGE + threads[rank] * _room(panel))
         kv_page.append(page * (builder.kv_heads().widths[rank] // builder.config.head_dim))
         rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
         scratch = threads[rank] * max(SCRATCH_BYTES, widest * F32)
         work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch)
     rope = context * builder.config.head_dim * F32
-    return Footprint(tuple(weights), tuple(room), tuple(kv_page), tuple(work), rope)
+    by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))
+    looked_up = frozenset(cuts) - multiplied
+    return Footprint(tuple(weights), by_name, tuple(kv_page), tuple(work), rope, looked_up, tuple(on_disk))

@@ -10,7 +10,7 @@ from typing import Any
 
 import fourfold._core as _core
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory
-from fourfold.residency import Residency
+from fourfold.residency import Residency, gb
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 1 << 30, 1.0  # what the disk's rate is measured over, at most
 
@@ -41,6 +41,14 @@ class WeightDisk:
         yield
         self._seconds += perf_counter() - begin
         self._bytes += program.disk_bytes_read - n_bytes
+
+    def slowness(self) -> str:
+        """A sentence that says what bounds a step."""
+        seconds = self._bytes_per_step / self._measured
+        return (
+            f"{gb(self._bytes_per_step)} of weights are not in memory and are read from disk for every token: at the "
+            f"{self._measured / 1e9:.2f} GB/s measured that takes {seconds:.2g} s, whatever the cores can do."
+        )
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready; `gb_s` is what all steps so far read a second, None before the first."""

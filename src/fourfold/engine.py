@@ -175,6 +175,11 @@ class Engine:
         """The linear kernel that a step of so many tokens runs, by weight format."""
         return dict(self._running().kernels(n_tokens))
 
+    @property
+    def slowness(self) -> str | None:
+        """A sentence for whoever waits: that weights are read from disk at every step; None where they are not."""
+        return self._disk.slowness() if self._disk else None
+
     def describe(self) -> dict[str, Any]:
         """What runs and how, JSON-ready."""
         return {

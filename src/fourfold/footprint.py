@@ -24,7 +24,9 @@ class Footprint:
     """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
-    slices: Mapping[str, tuple[int, ...]]  # by name, in the walk's order: whole pages of memory, huge ones but for small
+    slices: Mapping[
+        str, tuple[int, ...]
+    ]  # by name, in the walk's order: whole pages of memory, huge ones but for small
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular

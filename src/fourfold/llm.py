@@ -19,13 +19,15 @@ from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
 from fourfold.errors import UserError
 from fourfold.locate import fourfold_directory
-from fourfold.progress import bar
+from fourfold.progress import bar, warn
+from fourfold.residency import WEIGHTS
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
 from fourfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
     from fourfold.engine import Engine
+    from fourfold.residency import Weights
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
 
@@ -60,6 +62,7 @@ class LLM:
         context: int | None = None,
         kv: str | None = None,
         rope_angles: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Load a fourfold directory, a Hugging Face directory, a GGUF file or a bundled model (`smollm2`).
 
@@ -69,10 +72,12 @@ class LLM:
         - `ranks`: slices of the model, one to a NUMA node by default. `threads`: of all ranks together.
         - `context`: positions to make room for; by default the model's own, at most 8192.
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
+        - `weights`: in `memory`; on `disk`, read again for every token; `auto` (default): on disk what does not fit in
+          memory, which a warning on stderr says.
 
         Raises UserError or one of its kinds for whatever cannot be done as asked.
         """
-        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
+        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
         with bar(f"converting {model}") as report:
             directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
         tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
@@ -87,8 +92,11 @@ class LLM:
                 context=context,
                 kv=kv,
                 rope_angles=rope_angles,
+                weights=cast("Weights", weights or "auto"),
                 report=report,
             )
+        if engine.slowness:
+            warn(engine.slowness)
         self._set_parts(engine, tokenizer, template)
 
     @classmethod
@@ -303,6 +311,6 @@ def _check_options(**options: object) -> None:
         value = options[name]
         if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):
             raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
-    for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16"))):
+    for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16")), ("weights", WEIGHTS)):
         if options[name] is not None and options[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {options[name]!r}")

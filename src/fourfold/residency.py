@@ -1,8 +1,8 @@
 """Which weights lie in memory, and which are read from their file at every step because memory is too small.
 
-A step reads every weight once, always in the same order, so what is kept of the last step serves the next only if it
-is chosen beforehand: as many weights as memory has room for, spread evenly over the walk, so that the disk reads on
-while those in memory are multiplied.
+A step reads every weight once, always in the same order, so that a cache of what was read last would never be hit.
+What stays is chosen beforehand: as many weights as memory has room for, in a few stretches spread over the walk, so
+that the disk reads on while those in memory are multiplied.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fourfold.machine import Machine, RankPlan, address_space_left
 Weights = Literal["auto", "memory", "disk"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "memory", "disk")
 SPARE = 0.1  # of the memory available: left to what no footprint counts, and to the file's pages on their way
+STRETCHES = 8  # of weights in memory: the disk reads on in each, but at each one's start it has read ahead in vain
 THREAD_BYTES = (8 + 64) << 20  # of address space: a stack, and a heap as glibc reserves it
 
 
@@ -57,22 +58,25 @@ def choose_residency(
 
     Raises ResourceError where that is too much for the machine or for one of its nodes, or where even the rest is.
     """
-    everything = Residency(in_memory=frozenset(need.slices))
-    if weights != "disk":
-        short = next((p for p in _pools(machine, plan, need.rope) if p.of(need.rank(context)) > p.available), None)
-        if short is None:
-            return everything
-        if weights == "memory":
-            raise _too_much(need, context, short)
+    short = next((p for p in _pools(machine, plan, need.rope) if p.of(need.rank(context)) > p.available), None)
+    if short is None and weights != "disk":
+        return Residency(in_memory=frozenset(need.slices))
+    if short is not None and weights == "memory":
+        raise _too_much(
+            need, context, short, "use weights on disk, a smaller context, a smaller format, or more memory"
+        )
     pools = _pools(machine, plan, need.rope + _core.RING_BYTES)
     rest = [a + b for a, b in zip(need.besides_weights(context), need.on_disk, strict=True)]
     for pool in pools:
-        if pool.of(rest) > pool.available:
-            raise ResourceError(
-                f"even with its weights on disk the model needs {gb(pool.of(rest))}{pool.where} "
-                f"({gb(need.kv(context))} of KV cache for one text of {context} positions), where "
-                f"{gb(pool.available)} are free: use a smaller context, or more memory"
-            )
+        if pool.of(rest) <= pool.available:
+            continue
+        if short is not None and short.of(need.rank(context)) <= pool.of(rest):  # so small that the disk is no help
+            raise _too_much(need, context, short, "use a smaller context, a smaller format, or more memory")
+        raise ResourceError(
+            f"even with its weights on disk the model needs {gb(pool.of(rest))}{pool.where} ({gb(need.kv(context))} of "
+            f"KV cache for one text of {context} positions), where {gb(pool.available)} are free: "
+            "use a smaller context, or more memory"
+        )
     multiplied = {name: room for name, room in need.slices.items() if name not in need.looked_up}
     sizes = [(pool, sum(sum(room[rank] for rank in pool.ranks) for room in multiplied.values())) for pool in pools]
     budgets = [(pool.available * (1 - SPARE) - pool.of(rest)) / size for pool, size in sizes]
@@ -109,25 +113,23 @@ def _pools(machine: Machine, plan: list[RankPlan], besides: int) -> list[_Pool]:
     return pools
 
 
-def _too_much(need: Footprint, context: int, pool: _Pool) -> ResourceError:
-    total, weights, kv = pool.of(need.rank(context)), sum(need.weights), need.kv(context)
-    smaller = "use a smaller context, a smaller format, weights on disk, or more memory"
+def _too_much(need: Footprint, context: int, pool: _Pool, remedy: str) -> ResourceError:
+    total, weights, kv = gb(pool.of(need.rank(context))), gb(sum(need.weights)), gb(need.kv(context))
     if pool.where:
-        return ResourceError(
-            f"the model needs {gb(total)}{pool.where}, where {gb(pool.available)} are free: free some there, or {smaller}"
-        )
-    return ResourceError(
-        f"the model needs {gb(total)} ({gb(weights)} of weights, {gb(kv)} of KV cache for one text of {context} "
-        f"positions) and {gb(pool.available)} are free: {smaller}"
-    )
+        free = f"where {gb(pool.available)} are free: free some there, or {remedy}"
+        return ResourceError(f"the model needs {total}{pool.where}, {free}")
+    parts = f"({weights} of weights, {kv} of KV cache for one text of {context} positions)"
+    return ResourceError(f"the model needs {total} {parts} and {gb(pool.available)} are free: {remedy}")
 
 
 def _spread(sizes: dict[str, tuple[int, ...]], share: float) -> frozenset[str]:
-    """Names, in the walk's order, so that of the bytes up to any place at most that share is kept."""
+    """Names that together take at most that share of all bytes, in STRETCHES equal parts of the walk each."""
+    stretch_bytes = sum(map(sum, sizes.values())) / STRETCHES
     kept, kept_bytes, seen_bytes = set(), 0, 0
     for name, room in sizes.items():
+        stretch = int(seen_bytes / stretch_bytes) + 1
         seen_bytes += sum(room)
-        if kept_bytes + sum(room) <= share * seen_bytes:
+        if kept_bytes + sum(room) <= share * stretch * stretch_bytes:
             kept.add(name)
             kept_bytes += sum(room)
     return frozenset(kept)

@@ -53,6 +53,7 @@ def _decode(result: Mapping[str, Any]) -> Table:
         ("MB a token must read", f"{result['bytes_per_token'] / 1e6:.1f}"),
         ("GB/s", _range(result["gb_s"], 2)),
         ("of read limit", _range(result["of_read"], 2)),
+        *_disk(result),
     )
 
 
@@ -64,7 +65,15 @@ def _prefill(result: Mapping[str, Any]) -> Table:
         ("GFLOP of attention", f"{result['attention_gflop']:.1f}"),
         ("GFLOP/s", _range(result["gflop_s"], 0)),
         ("of peak", _range(result["of_peak"], 2)),
+        *_disk(result),
     )
+
+
+def _disk(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if "of_disk" in result:
+        yield "GB/s from disk", _range(result["disk_gb_s"], 2)
+        yield "of disk limit", _range(result["of_disk"], 2)
+        yield "GB of memory in use", f"{result['resident_bytes'] / 1e9:.2f}"
 
 
 def _facts(*rows: tuple[str, str]) -> Table:
@@ -78,6 +87,9 @@ def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
     if "read_gb_s" in limits:
         rates = _range(limits["read_gb_s"], 2)
         yield f"Limit of a few tokens: reading the weights once, at {rates} GB/s, the best of four read loops."
+    if "disk_gb_s" in limits:
+        rates = _range(limits["disk_gb_s"], 2)
+        yield f"Limit of weights that are not in memory: reading them from their file in order, at {rates} GB/s."
     if "peak_gflop_s" in limits:
         rates = _range(limits["peak_gflop_s"], 1)
         yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."

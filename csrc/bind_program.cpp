@@ -29,10 +29,11 @@ std::vector<Range> ranges(const Ranges& pairs) {
 }
 
 std::shared_ptr<Weight> make_weight(const std::string& format, size_t n, size_t k,
-                                    const std::vector<std::pair<Ranges, Ranges>>& plans, const Team& team) {
+                                    const std::vector<std::pair<Ranges, Ranges>>& plans, const Team& team,
+                                    std::optional<uint64_t> file_offset) {
     std::vector<SlicePlan> cut;
     for (const auto& [outputs, inputs] : plans) cut.push_back({ranges(outputs), ranges(inputs)});
-    return std::make_shared<Weight>(format_named(format), n, k, std::move(cut), team);
+    return std::make_shared<Weight>(format_named(format), n, k, std::move(cut), team, file_offset);
 }
 
 // Runs f without the interpreter's lock. Where a thread stalls, it may still touch the arrays that it was given: they
@@ -48,15 +49,18 @@ void keep_on_stall(F f, const Held&... held) {
     }
 }
 
-void load_weight(std::shared_ptr<Weight> w, Team& team, Array<const uint8_t, 2> panels,
+void load_weight(std::shared_ptr<Weight> w, Team& team, std::optional<Array<const uint8_t, 2>> panels,
                  std::optional<Array<const float, 1>> scales) {
-    if (panels.shape(0) != panels_of(w->n) || panels.shape(1) != panel_bytes(w->format, tiles_of(w->k)))
+    if (w->is_in_memory() != panels.has_value())
+        throw std::invalid_argument("panels are loaded where they are to be in memory, and only there");
+    if (panels && (panels->shape(0) != panels_of(w->n) || panels->shape(1) != panel_bytes(w->format, tiles_of(w->k))))
         throw std::invalid_argument("the panels do not have the weight's shape");
-    if (has_scales(w->format) != scales.has_value() || (scales && scales->shape(0) != panels.shape(0)))
+    if (has_scales(w->format) != scales.has_value() || (scales && scales->shape(0) != panels_of(w->n)))
         throw std::invalid_argument("one scale for each panel of a scaled format is needed, none for another");
     const float* s = scales ? scales->data() : nullptr;
-    keep_on_stall([&] { team.run([&w = *w, data = panels.data(), s](Worker& worker) { w.load(worker, data, s); }); }, w,
-                  panels, scales);
+    const uint8_t* data = panels ? panels->data() : nullptr;
+    keep_on_stall([&] { team.run([&w = *w, data, s](Worker& worker) { w.load(worker, data, s); }); }, w, panels,
+                  scales);
 }
 
 Vectors vectors(const std::vector<Array<const float, 1>>& arrays) {
@@ -108,9 +112,10 @@ void bind_program(nb::module_& m) {
     nb::class_<Weight>(m, "Weight")
         .def_prop_ro("n", [](const Weight& w) { return w.n; })
         .def_prop_ro("k", [](const Weight& w) { return w.k; })
-        .def("load", &load_weight, "team"_a, "panels"_a, "scales"_a.none());
+        .def("load", &load_weight, "team"_a, "panels"_a.none(), "scales"_a.none());
     m.def("make_weight", &make_weight, "format"_a, "n"_a, "k"_a, "plans"_a, "team"_a,
-          "plans: for each rank its (output ranges, input ranges).");
+          "file_offset"_a.none() = nb::none(),
+          "plans: for each rank its (output ranges, input ranges). file_offset: where its panels stay in a file.");
     m.def(
         "slice_bytes",
         [](const std::string& format, const Ranges& outputs, const Ranges& inputs) {
@@ -121,6 +126,7 @@ void bind_program(nb::module_& m) {
     nb::class_<Program>(m, "Program")
         .def("add_buffer", &Program::add_buffer, "width"_a, "of_outputs"_a)
         .def("add_weight", &Program::add_weight, "weight"_a)
+        .def("read_from", &Program::read_from, "path"_a, "patience_seconds"_a)
         .def(
             "set_rope",
             [](Program& p, Array<const float, 2> cosines, Array<const float, 2> sines) {
@@ -165,6 +171,7 @@ void bind_program(nb::module_& m) {
             },
             "rank"_a, "thread"_a, "Of the last recorded step: (int64 ns, int32 op, int32 phase) each.")
         .def_prop_ro("kv_bytes", &Program::kv_bytes)
+        .def_prop_ro("disk_bytes_read", &Program::disk_bytes_read)
         .def_prop_ro("op_names", &Program::op_names)
         .def("kernels", &Program::kernels, "m"_a)
         .def_ro_static("LOGITS", &Program::kLogits);
@@ -178,6 +185,8 @@ void bind_program(nb::module_& m) {
         },
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");
+    m.def("measure_disk", &measure_disk, "path"_a, "offset"_a, "bytes"_a, "seconds"_a,
+          nb::call_guard<nb::gil_scoped_release>());
     m.attr("PAGE") = kPage;
     m.def(
         "kv_page_bytes", [](const std::string& kv, size_t head_dim) { return KvPage::bytes(kv_named(kv), head_dim); },
@@ -187,6 +196,7 @@ void bind_program(nb::module_& m) {
     m.def("attend_shared_bytes", &Program::attend_shared_bytes, "threads"_a, "context"_a, "head_dim"_a,
           "Bytes of a rank's partial attention.");
     m.attr("PHASES") = std::vector<std::string>(std::begin(kPhaseNames), std::end(kPhaseNames));
+    m.attr("RING_BYTES") = kRingBytes;
     m.attr("MAX_RANKS") = kMaxRanks;
     m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

@@ -40,19 +40,31 @@ void NormOp::run(Program& p, Worker& worker, const Step& step) const {
 }
 
 void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
+    const size_t m = Ops::n_rows(Ops::buffer(p, src), step);
+    if (m == 0) return;
+    const Packed packed = pack(p, worker, m);
+    size_t n_panels = 0;
+    for (const auto& part : parts) n_panels += Ops::weight(p, part.weight).slice(worker.rank).n_panels;
+    const auto [begin, end] = worker.share(n_panels);
+    size_t before = 0;  // panels of the parts before this one
+    for (const auto& part : parts) {
+        const Weight& w = Ops::weight(p, part.weight);
+        const Weight::Slice& s = w.slice(worker.rank);
+        if (is_partial && s.n_panels == 0) add_zeros(p, worker, part, m);
+        const size_t b = std::clamp(begin, before, before + s.n_panels) - before;
+        const size_t e = std::clamp(end, before, before + s.n_panels) - before;
+        before += s.n_panels;
+        multiply(p, worker, step, packed, part, s.panels.as() + b * panel_bytes(w.format, s.k_tiles), b, e);
+    }
+}
+
+// The activations once, in the kernel's form: one row by tiles, many rows by bands.
+LinearOp::Packed LinearOp::pack(Program& p, Worker& worker, size_t m) const {
     const size_t r = worker.rank;
     const Buffer& from = Ops::buffer(p, src);
-    const size_t m = Ops::n_rows(from, step);
-    if (m == 0) return;
-    const Weight& first = Ops::weight(p, parts[0].weight);
-    const LinearKernel& kernel = Ops::kernel(p, first.format, m);
-
-    size_t n_panels = 0, k_tiles = 0;
-    for (const auto& part : parts) {
-        n_panels += Ops::weight(p, part.weight).slice(r).n_panels;
-        k_tiles = std::max(k_tiles, Ops::weight(p, part.weight).slice(r).k_tiles);
-    }
-    // The activations once, in the kernel's form: one row by tiles, many rows by bands.
+    const LinearKernel& kernel = Ops::kernel(p, Ops::weight(p, parts[0].weight).format, m);
+    size_t k_tiles = 0;
+    for (const auto& part : parts) k_tiles = std::max(k_tiles, Ops::weight(p, part.weight).slice(r).k_tiles);
     uint8_t* packed = Ops::packed(p, r);
     const size_t rows = kernel.activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
     const auto [t0, t1] = rows == 1 ? worker.share(k_tiles) : std::pair<size_t, size_t>{0, k_tiles};
@@ -62,34 +74,31 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
         Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1,
                           packed);
     worker.barrier();
+    return {kernel, packed, m};
+}
 
-    const auto [begin, end] = worker.share(n_panels);
-    size_t before = 0;  // panels of the parts before this one
-    for (const auto& part : parts) {
-        const Weight& w = Ops::weight(p, part.weight);
-        const Weight::Slice& s = w.slice(r);
-        const bool to_logits = part.dst == Program::kLogits;
-        float* y = to_logits ? step.logits : Ops::buffer(p, part.dst).row(r, 0);
-        const size_t y_stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
-        if (to_logits && s.n_panels) y += s.plan.outputs[0].begin;
-        if (is_partial && s.n_panels == 0) {  // a rank that holds none of the inputs still adds its zeros
-            const auto [c0, c1] = worker.share(y_stride, kLine);
-            for (size_t row = 0; row < m; ++row) std::memset(y + row * y_stride + c0, 0, (c1 - c0) * sizeof(float));
-        }
-        const size_t b = std::clamp(begin, before, before + s.n_panels) - before;
-        const size_t e = std::clamp(end, before, before + s.n_panels) - before;
-        before += s.n_panels;
-        if (b == e) continue;
-        kernel.run({s.panels.as() + b * panel_bytes(w.format, s.k_tiles),
-                    has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed, m,
-                    y + b * kTileN, y_stride, Ops::scratch(p, worker)});
-        if (!part.bias.empty()) {
-            const float* bias = part.bias[r].data();
-            const size_t stop = std::min(e * kTileN, part.bias[r].size());
-            for (size_t row = 0; row < m; ++row)
-                for (size_t n = b * kTileN; n < stop; ++n) y[row * y_stride + n] += bias[n];
-        }
-    }
+void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, const Packed& packed,
+                        const Program::LinearPart& part, const uint8_t* panels, size_t b, size_t e) const {
+    if (b == e) return;
+    const size_t r = worker.rank, m = packed.m;
+    const Weight& w = Ops::weight(p, part.weight);
+    const Weight::Slice& s = w.slice(r);
+    const bool to_logits = part.dst == Program::kLogits;
+    float* y = to_logits ? step.logits + s.plan.outputs[0].begin : Ops::buffer(p, part.dst).row(r, 0);
+    const size_t y_stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
+    packed.kernel.run({panels, has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed.x, m,
+                       y + b * kTileN, y_stride, Ops::scratch(p, worker)});
+    if (part.bias.empty()) return;
+    const float* bias = part.bias[r].data();
+    const size_t stop = std::min(e * kTileN, part.bias[r].size());
+    for (size_t row = 0; row < m; ++row)
+        for (size_t n = b * kTileN; n < stop; ++n) y[row * y_stride + n] += bias[n];
+}
+
+void LinearOp::add_zeros(Program& p, const Worker& worker, const Program::LinearPart& part, size_t m) const {
+    const Buffer& to = Ops::buffer(p, part.dst);
+    const auto [c0, c1] = worker.share(to.stride[worker.rank], kLine);
+    for (size_t row = 0; row < m; ++row) std::memset(to.row(worker.rank, row) + c0, 0, (c1 - c0) * sizeof(float));
 }
 
 void ReduceOp::run(Program& p, Worker& worker, const Step& step) const {

@@ -16,6 +16,8 @@ struct Ops {
     static const ProgramOptions& options(const Program& p) { return p.options_; }
     static const LinearKernel& kernel(const Program& p, Format f, size_t m) { return p.kernel(f, m); }
     static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
+    static FileStream& stream(Program& p) { return *p.stream_; }
+    static uint8_t* gathered(Program& p, const Worker& w) { return p.gathered_[w.rank][w.thread].as(); }
     static uint8_t* scratch(Program& p, const Worker& w) { return p.scratch_[w.rank][w.thread].as(); }
     static size_t attend_chunk(const Program& p) { return p.attend_chunk_; }
     static float* partials(Program& p, size_t rank) { return p.partials_[rank].as<float>(); }
@@ -45,7 +47,7 @@ struct NormOp final : Op {
     std::string name() const override { return "norm"; }
 };
 
-struct LinearOp final : Op {
+struct LinearOp : Op {
     int src;
     std::vector<Program::LinearPart> parts;
     bool is_partial;  // its inputs are cut over ranks: a reduction follows
@@ -54,6 +56,20 @@ struct LinearOp final : Op {
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
+
+  protected:
+    struct Packed {
+        const LinearKernel& kernel;
+        const uint8_t* x;  // a rank's activations as the kernel wants them
+        size_t m;          // rows
+    };
+    // Packs m rows, at least one; all threads of the rank do it together.
+    Packed pack(Program&, Worker&, size_t m) const;
+    // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`.
+    void multiply(Program&, const Worker&, const Step&, const Packed&, const Program::LinearPart&,
+                  const uint8_t* panels, size_t begin, size_t end) const;
+    // A rank that holds none of a part's inputs still adds its zeros.
+    void add_zeros(Program&, const Worker&, const Program::LinearPart&, size_t m) const;
 };
 
 struct ReduceOp final : Op {

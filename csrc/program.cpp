@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "ops.h"
+#include "ops_streamed.h"
 
 namespace fourfold {
 
@@ -61,21 +62,48 @@ void Program::set_rope(std::vector<float> cosines, std::vector<float> sines) {
     sines_ = std::move(sines);
 }
 
-void Program::add_embed(int weight, int dst) { ops_.push_back(std::make_unique<EmbedOp>(weight, dst)); }
+void Program::read_from(const std::string& path, double patience_seconds) {
+    stream_ = std::make_unique<FileStream>(path, patience_seconds);
+}
+
+void Program::add_embed(int weight, int dst) {
+    if (weights_[static_cast<size_t>(weight)]->is_in_memory())
+        ops_.push_back(std::make_unique<EmbedOp>(weight, dst));
+    else
+        ops_.push_back(std::make_unique<StreamedEmbedOp>(weight, dst));
+}
 
 void Program::add_norm(int src, Vectors w, float eps, int dst) {
     ops_.push_back(std::make_unique<NormOp>(src, std::move(w), eps, dst));
 }
 
 void Program::add_linear(int src, std::vector<LinearPart> parts) {
-    bool partial = false;
+    bool partial = false, in_memory = true;
     for (const LinearPart& part : parts) {
         const Weight& w = *weights_[static_cast<size_t>(part.weight)];
         if (w.format != weights_[static_cast<size_t>(parts[0].weight)]->format)
             throw std::invalid_argument("the weights of one linear must have one format");
         partial |= w.inputs_are_cut();
+        in_memory &= w.is_in_memory();
     }
+    if (!in_memory) return add_streamed_linear(src, std::move(parts), partial);
     ops_.push_back(std::make_unique<LinearOp>(src, std::move(parts), partial));
+}
+
+void Program::add_streamed_linear(int src, std::vector<LinearPart> parts, bool partial) {
+    const size_t first = pieces_.size();
+    std::vector<StreamedLinearOp::Piece> pieces;
+    for (size_t i = 0; i < parts.size(); ++i) {
+        const Weight& w = *weights_[static_cast<size_t>(parts[i].weight)];
+        if (w.is_in_memory()) continue;
+        const size_t bytes = panel_bytes(w.format, tiles_of(w.k)), at_once = std::max<size_t>(1, kPieceBytes / bytes);
+        for (size_t panel = 0; panel < panels_of(w.n); panel += at_once) {
+            const size_t n = std::min(at_once, panels_of(w.n) - panel);
+            pieces.push_back({i, panel, n});
+            pieces_.push_back({*w.file_offset + panel * bytes, n * bytes});
+        }
+    }
+    ops_.push_back(std::make_unique<StreamedLinearOp>(src, std::move(parts), partial, std::move(pieces), first));
 }
 
 void Program::add_reduce(int partial, int base, Vectors bias, int dst) {
@@ -110,8 +138,12 @@ void Program::finish() {
     if (forced_ &&
         std::none_of(weights_.begin(), weights_.end(), [&](const auto& w) { return w->format == forced_->format; }))
         throw std::invalid_argument("kernel " + options_.kernel + " reads a format that no weight has");
-    size_t widest = 0;
-    for (const auto& w : weights_) widest = std::max(widest, w->k);
+    size_t widest = 0, widest_panel = 0;
+    for (const auto& w : weights_) {
+        widest = std::max(widest, w->k);
+        if (!w->is_in_memory()) widest_panel = std::max(widest_panel, panel_bytes(w->format, tiles_of(w->k)));
+    }
+    if (widest_panel && !stream_) throw std::invalid_argument("weights outside memory need a file to be read from");
     const size_t scratch = scratch_bytes(widest, options_.context, options_.head_dim);
     const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
@@ -120,11 +152,17 @@ void Program::finish() {
         if (!caches_.empty())
             partials_.emplace_back(attend_shared_bytes(plan.cpus.size(), options_.context, options_.head_dim),
                                    plan.node);
-        auto& threads = scratch_.emplace_back();
-        for (size_t t = 0; t < plan.cpus.size(); ++t) threads.emplace_back(scratch, plan.node);
+        auto &threads = scratch_.emplace_back(), &gathered = gathered_.emplace_back();
+        for (size_t t = 0; t < plan.cpus.size(); ++t) {
+            threads.emplace_back(scratch, plan.node);
+            gathered.emplace_back(widest_panel, plan.node);
+        }
         timelines_.emplace_back(plan.cpus.size());
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
     }
+    size_t n_threads = 0;
+    for (const RankPlan& plan : team_->plan()) n_threads += plan.cpus.size();
+    if (!pieces_.empty()) stream_->start(pieces_, n_threads);
 }
 
 void Program::step(const Step& given) {
@@ -144,6 +182,7 @@ void Program::step(const Step& given) {
     step.row_sequence = {row_sequence_.data(), step.n_tokens()};
     step.row_position = {row_position_.data(), step.n_tokens()};
     step.blocks = blocks_;
+    step.first_piece = n_steps_++ * pieces_.size();
     team_->run([self = shared_from_this(), step](Worker& worker) { self->walk(worker, step); });
 }
 
@@ -180,6 +219,8 @@ size_t Program::kv_bytes() const {
             total += options_.n_pages * heads * KvPage::bytes(options_.kv, options_.head_dim);
     return total;
 }
+
+uint64_t Program::disk_bytes_read() const { return stream_ ? stream_->bytes_read() : 0; }
 
 std::map<std::string, std::string> Program::kernels(size_t m) const {
     std::map<std::string, std::string> names;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "file_stream.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "team.h"
@@ -41,6 +42,7 @@ struct Step {
     // Made by Program::step.
     std::span<const int32_t> row_sequence, row_position;  // (M)
     std::span<const RowBlock> blocks;
+    uint64_t first_piece;  // of the file, where weights stay there
     size_t n_tokens() const { return tokens.size(); }
 };
 
@@ -77,6 +79,8 @@ class Program : public std::enable_shared_from_this<Program> {
 
     int add_buffer(std::vector<size_t> width, bool of_outputs);
     int add_weight(std::shared_ptr<Weight> weight);
+    // Where the panels of weights that are not in memory lie. Throws DiskError where the file cannot be opened.
+    void read_from(const std::string& path, double patience_seconds);
     // Angles' cosines and sines, (context, head_dim / 2) each.
     void set_rope(std::vector<float> cosines, std::vector<float> sines);
 
@@ -113,7 +117,8 @@ class Program : public std::enable_shared_from_this<Program> {
     // The thread's marks in the last recorded step; none before it. Not during a step.
     const std::vector<Mark>& marks(size_t rank, size_t thread) const;
 
-    size_t kv_bytes() const;  // of all ranks' caches
+    size_t kv_bytes() const;           // of all ranks' caches
+    uint64_t disk_bytes_read() const;  // weights, since the program was finished
     // Kernels that a step of M tokens would run, by weight format.
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
@@ -147,6 +152,7 @@ class Program : public std::enable_shared_from_this<Program> {
 
   private:
     friend struct Ops;
+    void add_streamed_linear(int src, std::vector<LinearPart> parts, bool partial);
     const LinearKernel& kernel(Format format, size_t m) const;
     void walk(Worker& worker, const Step& step);  // one thread's part
 
@@ -169,6 +175,11 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;
+    // Of weights that stay in their file; empty where all are in memory.
+    std::unique_ptr<FileStream> stream_;
+    std::vector<FileStream::Piece> pieces_;          // of a step, in the order of the walk
+    std::vector<std::vector<NodeMemory>> gathered_;  // per rank and thread: the widest such weight's panel
+    uint64_t n_steps_ = 0;
 };
 
 // One step of the walk. run() is called by every thread; a barrier of its kind follows it.

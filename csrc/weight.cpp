@@ -28,8 +28,9 @@ size_t slice_bytes(Format format, const SlicePlan& plan) {
     return panels * (panel_bytes(format, tiles) + (has_scales(format) ? sizeof(float) : 0));
 }
 
-Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team)
-    : format(format), n(n), k(k) {
+Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team,
+               std::optional<uint64_t> file_offset)
+    : format(format), n(n), k(k), file_offset(file_offset) {
     if (plans.size() != team.n_ranks()) throw std::invalid_argument("one slice for each rank is needed");
     for (size_t r = 0; r < plans.size(); ++r) {
         check(plans[r].outputs, kTileN, n);
@@ -39,7 +40,7 @@ Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, 
         s.k_tiles = units(plans[r].inputs, kTileK);
         s.plan = std::move(plans[r]);
         if (s.n_panels == 0 || s.k_tiles == 0) s.n_panels = s.k_tiles = 0;
-        s.panels = NodeMemory(s.n_panels * panel_bytes(format, s.k_tiles), team.plan()[r].node);
+        if (is_in_memory()) s.panels = NodeMemory(s.n_panels * panel_bytes(format, s.k_tiles), team.plan()[r].node);
         if (has_scales(format)) s.scales = NodeMemory(s.n_panels * sizeof(float), team.plan()[r].node);
     }
 }
@@ -52,28 +53,42 @@ bool Weight::inputs_are_cut() const {
 
 void Weight::load(const Worker& worker, const uint8_t* panels, const float* scales) {
     Slice& s = slices_[worker.rank];
-    const size_t all_tiles = tiles_of(k), from_bytes = panel_bytes(format, all_tiles);
-    const size_t to_bytes = panel_bytes(format, s.k_tiles);
-    const bool whole_rows = s.k_tiles == all_tiles;
+    const size_t from_bytes = panel_bytes(format, tiles_of(k)), to_bytes = panel_bytes(format, s.k_tiles);
     const auto [begin, end] = worker.share(s.n_panels);
     size_t local = 0;
     for (const Range& rows : s.plan.outputs)
         for (size_t p = rows.begin / kTileN; p * kTileN < rows.end; ++p, ++local) {
             if (local < begin || local >= end) continue;
-            const uint8_t* from = panels + p * from_bytes;
-            uint8_t* to = s.panels.as() + local * to_bytes;
             if (scales) s.scales.as<float>()[local] = scales[p];
-            if (whole_rows) {
-                std::memcpy(to, from, to_bytes);
-                continue;
-            }
-            size_t t = 0;
-            for (const Range& inputs : s.plan.inputs)
-                for (size_t source = inputs.begin / kTileK; source * kTileK < inputs.end; ++source, ++t) {
-                    std::memcpy(to + scale_offset(format, t), from + scale_offset(format, source), scale_bytes(format));
-                    std::memcpy(to + code_offset(format, t, s.k_tiles), from + code_offset(format, source, all_tiles),
-                                code_bytes(format));
-                }
+            if (is_in_memory()) take_inputs(s, panels + p * from_bytes, s.panels.as() + local * to_bytes);
+        }
+}
+
+float Weight::panel_scale(size_t panel) const {
+    for (const Slice& s : slices_) {
+        size_t before = 0;
+        for (const Range& rows : s.plan.outputs) {
+            const size_t first = rows.begin / kTileN, last = panels_of(rows.end);
+            if (panel >= first && panel < last && s.n_panels && has_scales(format))
+                return s.scales.as<float>()[before + panel - first];
+            before += last - first;
+        }
+    }
+    return 1;
+}
+
+void Weight::take_inputs(const Slice& s, const uint8_t* from, uint8_t* to) const {
+    const size_t all_tiles = tiles_of(k);
+    if (s.k_tiles == all_tiles) {
+        std::memcpy(to, from, panel_bytes(format, all_tiles));
+        return;
+    }
+    size_t t = 0;
+    for (const Range& inputs : s.plan.inputs)
+        for (size_t source = inputs.begin / kTileK; source * kTileK < inputs.end; ++source, ++t) {
+            std::memcpy(to + scale_offset(format, t), from + scale_offset(format, source), scale_bytes(format));
+            std::memcpy(to + code_offset(format, t, s.k_tiles), from + code_offset(format, source, all_tiles),
+                        code_bytes(format));
         }
 }
 

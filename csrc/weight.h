@@ -1,5 +1,7 @@
-// A weight matrix cut over ranks: each slice in its rank's own memory, in the tile format.
+// A weight matrix cut over ranks: each slice in its rank's own memory, in the tile format; or left in its file, where
+// it does not fit.
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,24 +26,33 @@ size_t slice_bytes(Format format, const SlicePlan& plan);
 
 class Weight {
   public:
-    // Reserves each rank's slice on its node. Throws std::invalid_argument for ranges off the tile grid or out of
-    // bounds.
-    Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team);
+    // Reserves each rank's slice on its node. With a file offset, where the whole matrix's panels begin, the panels
+    // stay in the file and the slices hold scales alone. Throws std::invalid_argument for ranges off the tile grid or
+    // out of bounds.
+    Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, const Team& team,
+           std::optional<uint64_t> file_offset = {});
 
     Weight(const Weight&) = delete;
     Weight& operator=(const Weight&) = delete;
 
     // This thread's share of filling its rank's slice, from a whole matrix in the same format: `panels` as it lies in a
-    // file, `scales` its panel scales (null for bf16 and f32). A slice is a list of byte ranges: nothing is repacked.
+    // file (unread where they stay there), `scales` its panel scales (null for bf16 and f32). A slice is a list of byte
+    // ranges: nothing is repacked.
     void load(const Worker& worker, const uint8_t* panels, const float* scales);
 
     struct Slice {
         SlicePlan plan;
         size_t n_panels = 0, k_tiles = 0;  // both 0 where a rank holds nothing
-        NodeMemory panels, scales;
+        NodeMemory panels, scales;         // no panels where they stay in the file
     };
     const Format format;
     const size_t n, k;
+    const std::optional<uint64_t> file_offset;
+    bool is_in_memory() const { return !file_offset; }
+    // The scale of a panel of the whole matrix, from the first slice that holds it; 1 for formats without.
+    float panel_scale(size_t panel) const;
+    // A rank's part of one panel: from a panel of the whole matrix, which it leaves, to one of the slice's own.
+    void take_inputs(const Slice& slice, const uint8_t* panel, uint8_t* to) const;
     const Slice& slice(size_t rank) const { return slices_[rank]; }
     // Whether a rank holds less than all inputs of some outputs, which are partial sums then.
     bool inputs_are_cut() const;

@@ -22,10 +22,10 @@ FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
     ("config", "format", "machine"),
-    ("models", "program", "footprint", "rotary"),
+    ("models", "program", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
-    ("engine", "profile", "trace_file"),
+    ("engine", "disk", "profile", "trace_file"),
     (
         "llm",
         "progress",
@@ -68,8 +68,8 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
     ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team"),
-    ("kernels", "pack", "probe", "weight"),
-    ("program", "ops", "ops_attention"),
+    ("file_stream", "kernels", "pack", "probe", "weight"),
+    ("program", "ops", "ops_attention", "ops_streamed"),
     ("names", "bindings", "bind_kernels", "bind_machine", "bind_pack", "bind_probe", "bind_program"),
 )
 NATIVE_FLOOR = {unit: number for number, floor in enumerate(NATIVE_FLOORS) for unit in floor}

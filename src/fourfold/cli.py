@@ -40,6 +40,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of all ranks together
 Context = Annotated[int | None, typer.Option(help="Positions to make room for; the model's own by default.")]
 Kv = Annotated[str | None, typer.Option(help="Cache of keys and values: bf16 (default), int8 or f32.")]
 RopeAngles = Annotated[str | None, typer.Option(help="f32 or bf16, as the model was trained.")]
+Weights = Annotated[str | None, typer.Option(help="auto (default), memory, or disk: read anew for every token.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="What to ask; else stdin.", show_default=False)]
 Ids = Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,15043,29892.", show_default=False)]
@@ -97,6 +98,7 @@ def run(
     context: Context = None,
     kv: Kv = None,
     rope_angles: RopeAngles = None,
+    weights: Weights = None,
     chat_template: Template = None,
     raw: Raw = False,
     profile: Trace = None,
@@ -129,6 +131,7 @@ def chat(
     context: Context = None,
     kv: Kv = None,
     rope_angles: RopeAngles = None,
+    weights: Weights = None,
     chat_template: Template = None,
     raw: Raw = False,
     json: Json = False,
@@ -230,6 +233,7 @@ def evaluate(
     threads: Threads = None,
     kv: Kv = None,
     rope_angles: RopeAngles = None,
+    weights: Weights = None,
     json: Json = False,
 ) -> None:
     """Perplexity of a text; with --against also KL divergence and top-1 agreement."""
@@ -266,6 +270,7 @@ def bench_decode(
     ranks: Ranks = None,
     context: Start = None,
     kv: Kv = None,
+    weights: Weights = None,
     tokens: Tokens = None,
     repeats: Repeats = None,
     isa: Isa = None,
@@ -283,6 +288,7 @@ def bench_prefill(
     ranks: Ranks = None,
     context: Start = None,
     kv: Kv = None,
+    weights: Weights = None,
     tokens: Tokens = None,
     repeats: Repeats = None,
     isa: Isa = None,

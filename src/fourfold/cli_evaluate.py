@@ -23,7 +23,7 @@ def evaluate(options: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("--against-format is the format of the model to compare with; name that with --against")
     text = None if options["text"] is None else _read_text(options["text"])
     ids = None if options["ids"] is None else _read_ids(options["ids"])
-    shared = {name: options[name] for name in ("ranks", "threads", "kv", "rope_angles")}
+    shared = {name: options[name] for name in ("ranks", "threads", "kv", "rope_angles", "weights")}
     reference: LLM | None = None
     with LLM(options["model"], format=options["format"], **shared) as llm:
         try:

@@ -18,7 +18,7 @@ from fourfold.locate import BUNDLED, fourfold_format
 from fourfold.sampling import SamplingParams
 from fourfold.tokenizer import Tokenizer
 
-LLM_OPTIONS = ("format", "ranks", "threads", "context", "kv", "rope_angles")
+LLM_OPTIONS = ("format", "ranks", "threads", "context", "kv", "rope_angles", "weights")
 SAMPLING_OPTIONS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("stop", "seed", "ignore_eos"),
@@ -59,7 +59,8 @@ def run(options: Mapping[str, Any]) -> int:
         completion = stream.completion
         found = {} if trace is None or profile is None else {"profile": cli_profile.report(profile, trace)}
         if options["json"]:
-            print(json.dumps({"model": options["model"], **_as_json(completion), **found}, ensure_ascii=False))
+            document = {"model": options["model"], **_as_json(completion), **_memory(llm), **found}
+            print(json.dumps(document, ensure_ascii=False))
         else:
             print(speed(completion, llm.describe()), file=sys.stderr)
             for report in found.values():
@@ -106,7 +107,7 @@ def chat(options: Mapping[str, Any]) -> int:
                         completion = stream.completion
                         messages = [*turn, {"role": "assistant", "content": completion.text}]
                         answers.append(_as_json(completion))
-                    _note(speed(completion, facts))
+                    _note(speed(completion, llm.describe()))
         if options["json"]:
             transcript = {"model": options["model"], "messages": messages, "answers": answers}
             print(json.dumps(transcript, ensure_ascii=False))
@@ -156,6 +157,12 @@ def speed(completion: Completion, facts: Mapping[str, Any]) -> str:
     rate = completion.tokens_per_second
     if rate is None:
         return f"{len(completion.token_ids)} tokens"
+    if disk := facts.get("disk"):
+        memory, weights = facts["resident_bytes"] / 1e9, facts["weight_bytes"] / 1e9
+        return (
+            f"{rate:.3g} tokens/s, {disk['gb_s']:.2f} GB/s from disk ({disk['of_measured']:.2f} of its rate), "
+            f"{memory:.2f} GB of memory for {weights:.2f} GB of weights"
+        )
     read = facts.get("bytes_per_token")
     return f"{rate:.1f} tokens/s" + (f", {rate * read / 1e9:.1f} GB/s" if read else "")
 
@@ -201,6 +208,12 @@ def _note(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
+
+
+def _memory(llm: LLM) -> dict[str, Any]:
+    """What of the engine's account goes with an answer: bytes of weights, of memory in use, and what the disk does."""
+    facts = llm.describe()
+    return {name: facts[name] for name in ("weight_bytes", "resident_bytes", "disk") if name in facts}
 
 
 def _as_json(completion: Completion) -> dict[str, Any]:

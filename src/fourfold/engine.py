@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import RLock
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 from typing import Any, cast
 
 import numpy as np
@@ -18,17 +18,18 @@ from fourfold import models
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
 from fourfold.checkpoint.source import MappedFile
 from fourfold.config import KVFormat, ModelConfig, RopeAngles
-from fourfold.errors import ResourceError, RuntimeFailure, UserError
-from fourfold.footprint import PAGE, Footprint, footprint
+from fourfold.disk import WeightDisk
+from fourfold.errors import RuntimeFailure, UserError
+from fourfold.footprint import PAGE, footprint, resident_bytes
 from fourfold.kvcache import PagePool, Sequence
-from fourfold.machine import Machine, RankPlan, address_space_left, choose_isa, plan_ranks, read_machine
+from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
+from fourfold.residency import Residency, Weights, check_address_space, choose_residency
 from fourfold.rotary import rotary_tables
 
 MAX_STEP_TOKENS = 512  # rows a step: longer prompts are fed in pieces
 MAX_SEQUENCES = 4  # under way at a time
-THREAD_BYTES = (8 + 64) << 20  # of address space: a stack, and a heap as glibc reserves it
 DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
 
 Vector = NDArray[np.float32]
@@ -52,11 +53,15 @@ class Engine:
         context: int | None = None,
         kv: str | None = None,
         rope_angles: str | None = None,
+        weights: Weights = "auto",
         kernel: str = "",
         timeout_seconds: float = 60.0,
         report: Report | None = None,
     ) -> None:
-        """`kernel` forces a linear kernel by name; `report(done, total)` is called with the bytes loaded so far."""
+        """`weights`: in "memory"; on "disk", read at every step; "auto": on disk what does not fit in memory.
+
+        `kernel` forces a linear kernel by name; `report(done, total)` is called with the bytes loaded so far.
+        """
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
         self.format = stored.format
@@ -81,8 +86,8 @@ class Engine:
         )
         self.weight_bytes = sum(self._footprint.weights)
         n_pages = MAX_SEQUENCES * -(-self.context // PAGE)
-        _check_memory(self._footprint, self.context, machine, self.plan)
-        _check_address_space(self._footprint, n_pages * PAGE, self.plan, stored)
+        self._residency = choose_residency(self._footprint, weights, self.context, machine, self.plan)
+        check_address_space(self._footprint, n_pages * PAGE, self.plan, stored.weights_path)
         self._lock = RLock()  # again and again in one thread: a dropped stream is freed wherever it is collected
         self._pool = PagePool(n_pages, MAX_SEQUENCES, PAGE)
 
@@ -101,8 +106,16 @@ class Engine:
         )
         angles = cast(RopeAngles, rope_angles or "f32")
         self._program.set_rope(*rotary_tables(self.config, self.context, angles))
-        _Assembly(self._program, self._team, builder, stored, report).run()
-        self._program.finish()
+        self._disk: WeightDisk | None = None
+        try:
+            if self._residency.uses_disk:
+                self._program.read_from(str(stored.weights_path), timeout_seconds)
+            _Assembly(self._program, self._team, builder, stored, self._residency, report).run()
+            if self._residency.uses_disk:
+                self._disk = WeightDisk(stored, self._residency)
+            self._program.finish()
+        except _core.StallError as error:
+            raise RuntimeFailure(str(error)) from None
         self._logits_width = -(-self.config.vocab_size // 16) * 16
         self._op_facts = op_facts(builder, formats, self._kv_bytes_per_token() // self.config.n_layers)
         self._profile: Profile | None = None
@@ -156,7 +169,8 @@ class Engine:
             rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
             try:
                 called = perf_counter_ns()
-                program.step(piece, rows, pages, wanted.astype(np.int32), out)
+                with self._disk.counted(program) if self._disk else nullcontext():
+                    program.step(piece, rows, pages, wanted.astype(np.int32), out)
                 returned = perf_counter_ns()
             except _core.StallError as error:
                 raise RuntimeFailure(str(error)) from None
@@ -193,6 +207,11 @@ class Engine:
         """The linear kernel that a step of so many tokens runs, by weight format."""
         return dict(self._running().kernels(n_tokens))
 
+    @property
+    def slowness(self) -> str | None:
+        """A sentence for whoever waits: that weights are read from disk at every step; None where they are not."""
+        return self._disk.slowness() if self._disk else None
+
     def describe(self) -> dict[str, Any]:
         """What runs and how, JSON-ready."""
         return {
@@ -205,6 +224,8 @@ class Engine:
             "context": self.context,
             "memory_bound": bool(_core.memory_is_bound()),  # False where the system refused to bind memory to a node
             "weight_bytes": self.weight_bytes,
+            "resident_bytes": resident_bytes(),
+            "disk": self._disk.describe() if self._disk else None,
             "kv_bytes_per_token": self._kv_bytes_per_token(),
             "bytes_per_token": self.bytes_per_token(),
             "kernels_decode": self.kernels(1),
@@ -214,6 +235,26 @@ class Engine:
     def bytes_per_token(self, position: int = 0) -> int:
         """Bytes that one decoding step must read: every weight once (an untied embedding not), and the KV cache."""
         return self._read_bytes + self._kv_bytes_per_token() * position
+
+    def measure_disk(self) -> float | None:
+        """Bytes/s that the weights' disk gives in order, measured now; None where all weights are in memory.
+
+        Raises RuntimeFailure where it gives nothing.
+        """
+        if self._disk is None:
+            return None
+        with self._lock:  # what is read ahead of the next step comes first
+            before = -1
+            while before != (before := self._running().disk_bytes_read):
+                sleep(0.05)
+            try:
+                return self._disk.measure()
+            except _core.StallError as error:
+                raise RuntimeFailure(str(error)) from None
+
+    def disk_bytes_read(self) -> int:
+        """Bytes of weights read from disk so far."""
+        return int(self._running().disk_bytes_read)
 
     def check_integrity(self) -> None:
         """No page or slot is lost. Raises AssertionError otherwise."""
@@ -248,10 +289,18 @@ class _Assembly:
     """Turns a builder's ops into the native program's, creating and loading each weight once."""
 
     def __init__(
-        self, program: Any, team: Any, builder: ProgramBuilder, stored: FourfoldDirectory, report: Report | None
+        self,
+        program: Any,
+        team: Any,
+        builder: ProgramBuilder,
+        stored: FourfoldDirectory,
+        residency: Residency,
+        report: Report | None,
     ) -> None:
         self._program, self._team, self._builder, self._stored = program, team, builder, stored
+        self._in_memory = residency.in_memory
         self._report, self._loaded = report, 0
+        self._to_load = sum(stored.weights[name].data_bytes for name in residency.in_memory)
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
@@ -269,17 +318,20 @@ class _Assembly:
         if name not in self._weights:
             w = self._stored.weights[name]
             plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
-            native = _core.make_weight(w.format, *w.shape, plans, self._team)
-            panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(-(-w.shape[0] // 16), -1)
-            scales = None
+            n_panels, is_in_memory = -(-w.shape[0] // 16), name in self._in_memory
+            native = _core.make_weight(w.format, *w.shape, plans, self._team, None if is_in_memory else w.data_offset)
+            panels = scales = None
+            if is_in_memory:
+                panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(n_panels, -1)
             if w.scale_offset is not None:
-                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * len(panels))
+                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * n_panels)
                 scales = np.frombuffer(raw.tobytes(), np.float32)
             native.load(self._team, panels, scales)
             self._file.forget(self._file.take_reads())  # or the file would be in memory beside the copy
-            self._loaded += w.data_bytes
-            if self._report:
-                self._report(self._loaded, sum(other.data_bytes for other in self._stored.weights.values()))
+            if is_in_memory:
+                self._loaded += w.data_bytes
+                if self._report:
+                    self._report(self._loaded, self._to_load)
             self._weights[name] = self._program.add_weight(native)
         return self._weights[name]
 
@@ -353,39 +405,3 @@ def _check_kernel(name: str, isas: list[str], stored: FourfoldDirectory) -> None
     formats = sorted({weight.format for weight in stored.weights.values()})
     if fmt not in formats:
         raise UserError(f"{name} reads {fmt}, and this model's weights are {', '.join(formats)}; name another kernel")
-
-
-def _check_memory(need: Footprint, context: int, machine: Machine, plan: list[RankPlan]) -> None:
-    """Raises ResourceError where the weights, a step and one text of full length would not fit, in all or on a node."""
-    total, weights, kv = need.total(context), sum(need.weights), need.kv(context)
-    smaller = "use a smaller context, a smaller format, or more memory"
-    if total > machine.available_bytes:
-        raise ResourceError(
-            f"the model needs {_gb(total)} ({_gb(weights)} of weights, {_gb(kv)} of KV cache for one text of {context} "
-            f"positions) and {_gb(machine.available_bytes)} are free: {smaller}"
-        )
-    if len({rank.node for rank in plan}) == 1:
-        return  # its memory is bound to no node
-    for node in machine.nodes:
-        share = sum(n for n, rank in zip(need.rank(context), plan, strict=True) if rank.node == node.id)
-        if share > node.available_bytes:
-            raise ResourceError(
-                f"the model needs {_gb(share)} on NUMA node {node.id}, where {_gb(node.available_bytes)} are free: "
-                f"free some there, or {smaller}"
-            )
-
-
-def _check_address_space(need: Footprint, n_positions: int, plan: list[RankPlan], stored: FourfoldDirectory) -> None:
-    """Raises ResourceError where a limit on address space is too low: all texts' pages and the file are mapped."""
-    n_threads = 1 + sum(len(rank.cpus) for rank in plan)  # and a progress bar's
-    left = address_space_left()
-    total = need.total(n_positions) + stored.weights_path.stat().st_size + n_threads * THREAD_BYTES
-    if left is not None and total > left:
-        raise ResourceError(
-            f"loading the model takes {_gb(total)} of address space, of which `ulimit -v` leaves {_gb(left)}: "
-            "raise the limit, or use a smaller context or a smaller format"
-        )
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"

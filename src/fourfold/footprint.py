@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
-from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
+from fourfold.format import panel_bytes
+from fourfold.program import TILE_K, TILE_N, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
@@ -19,10 +22,12 @@ class Footprint:
     """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
-    room: tuple[int, ...]  # for those slices: whole pages of memory
+    slices: Mapping[str, tuple[int, ...]]  # by name, in the walk's order: whole pages of memory
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular
+    looked_up: frozenset[str]  # weights that are read by rows alone: an embedding that is no head
+    on_disk: tuple[int, ...]  # what a rank takes besides where weights are not in memory: scales, a panel a thread
 
     def kv(self, n_positions: int) -> int:
         """KV cache of one text, in whole pages, on all ranks."""
@@ -30,8 +35,13 @@ class Footprint:
 
     def rank(self, n_positions: int) -> tuple[int, ...]:
         """Each rank's bytes where one text has so many positions."""
+        rooms = zip(*self.slices.values(), strict=True)
+        return tuple(sum(r) + rest for r, rest in zip(rooms, self.besides_weights(n_positions), strict=True))
+
+    def besides_weights(self, n_positions: int) -> tuple[int, ...]:
+        """The same without any weight."""
         pages = -(-n_positions // PAGE)
-        return tuple(r + pages * k + a for r, k, a in zip(self.room, self.kv_page, self.work, strict=True))
+        return tuple(pages * k + a for k, a in zip(self.kv_page, self.work, strict=True))
 
     def total(self, n_positions: int) -> int:
         """All bytes where one text has so many positions."""
@@ -41,6 +51,11 @@ class Footprint:
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
     return -(-n_bytes // SMALL_PAGE) * SMALL_PAGE
+
+
+def resident_bytes() -> int:
+    """What this process holds of memory now, pages of mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def footprint(
@@ -54,7 +69,9 @@ def footprint(
 ) -> Footprint:
     """Of the program that was written on `builder`; `formats` are the weights', `threads` each rank's."""
     cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
-    weights, room, kv_page, work = [], [], [], []
+    weights, rooms, kv_page, work, on_disk = [], [], [], [], []
+    multiplied = {name for op in builder.ops if op.kind == "linear" for name, _, _ in op.weights}
+    panel = max(panel_bytes(formats[name], inputs.size) for name, (_, inputs) in cuts.items())
     _, buffers = assign_buffers(builder.ops, builder.activations)
     head_dim = builder.config.head_dim
     page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
@@ -66,11 +83,15 @@ def footprint(
             for name, (n, k) in cuts.items()
         ]
         weights.append(sum(slices))
-        room.append(sum(map(_room, slices)))
+        rooms.append([_room(n_bytes) for n_bytes in slices])
+        n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())
+        on_disk.append(n_panels * F32 + len(cuts) * SMALL_PAGE + threads[rank] * _room(panel))
         kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
         rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
         scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
         partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
         work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
     rope = context * head_dim * F32
-    return Footprint(tuple(weights), tuple(room), tuple(kv_page), tuple(work), rope)
+    by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))
+    looked_up = frozenset(cuts) - multiplied
+    return Footprint(tuple(weights), by_name, tuple(kv_page), tuple(work), rope, looked_up, tuple(on_disk))

@@ -21,7 +21,8 @@ from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
 from fourfold.errors import CheckpointError, UserError
 from fourfold.locate import fourfold_directory
-from fourfold.progress import bar
+from fourfold.progress import bar, warn
+from fourfold.residency import WEIGHTS
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
 from fourfold.tokenizer import NoTokenizer, Tokenizer
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fourfold.checkpoint import Source
     from fourfold.engine import Engine
     from fourfold.profile import Profile
+    from fourfold.residency import Weights
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
 
@@ -63,6 +65,7 @@ class LLM:
         context: int | None = None,
         kv: str | None = None,
         rope_angles: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Load a fourfold, Hugging Face or Megatron directory, a GGUF file or a bundled model (`smollm2`).
 
@@ -72,10 +75,12 @@ class LLM:
         - `ranks`: slices of the model, one to a NUMA node by default. `threads`: of all ranks together.
         - `context`: positions to make room for; by default the model's own, at most 8192.
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
+        - `weights`: in `memory`; on `disk`, read again for every token; `auto` (default): on disk what does not fit in
+          memory, which a warning on stderr says.
 
         Raises UserError or one of its kinds for whatever cannot be done as asked.
         """
-        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles)
+        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
         with bar(f"converting {model}") as report:
             directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
         tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
@@ -90,8 +95,11 @@ class LLM:
                 context=context,
                 kv=kv,
                 rope_angles=rope_angles,
+                weights=cast("Weights", weights or "auto"),
                 report=report,
             )
+        if engine.slowness:
+            warn(engine.slowness)
         self._set_parts(engine, tokenizer, template)
 
     @classmethod
@@ -328,6 +336,6 @@ def _check_options(**options: object) -> None:
         value = options[name]
         if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):
             raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")
-    for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16"))):
+    for name, choices in (("kv", KV_FORMATS), ("rope_angles", ("f32", "bf16")), ("weights", WEIGHTS)):
         if options[name] is not None and options[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {options[name]!r}")

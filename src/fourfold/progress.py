@@ -1,4 +1,4 @@
-"""How long work shows itself: on stderr, where that is a terminal; nothing elsewhere."""
+"""How long work shows itself, on stderr where that is a terminal; and warnings, which always show."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def bar(title: str, unit: str = "bytes") -> Iterator[Report]:
     finally:
         if progress is not None:
             progress.stop()
+
+
+def warn(sentence: str) -> None:
+    """A sentence on stderr, marked as doctor marks its own."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]![/] {sentence}")
 
 
 def _progress(unit: str) -> Progress:

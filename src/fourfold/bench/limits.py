@@ -25,6 +25,8 @@ T = TypeVar("T")
 class Limits:
     """Read and copy bandwidth and peak of the CPUs that a plan uses, measured again and again as the run goes on.
 
+    `disk` measures a disk (bytes/s), or gives None where none is read.
+
     The read bandwidth (bytes/s) is that of the best of several read patterns; the copy bandwidth counts bytes that
     arrive; the peak (FLOP/s) is that of the fastest instructions the machine has, used or not. Raises ResourceError
     where memory for measuring is short.
@@ -38,6 +40,7 @@ class Limits:
         read: bool = False,
         copy: bool = False,
         peak: bool = False,
+        disk: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.cpus = sorted({cpu for rank in plan for cpu in rank.cpus})
         self.cache_bytes = _last_level_bytes(machine, self.cpus)
@@ -47,6 +50,7 @@ class Limits:
         self._read: list[float] = []
         self._copy: list[float] = []
         self._peak: list[float] = []
+        self._measure_disk, self._disk = disk, list[float]()
         if (read or copy) and self.n_bytes > machine.available_bytes:
             raise ResourceError(
                 f"measuring the bandwidth takes {self.n_bytes / 1e9:.1f} GB and "
@@ -77,9 +81,15 @@ class Limits:
         """Spread of each repetition's FLOP/s over the peak around it."""
         return fractions(rates, self._peak)
 
+    def fractions_of_disk(self, rates: Sequence[float]) -> dict[str, float]:
+        """Spread of each repetition's bytes/s over the disk's around it."""
+        return fractions(rates, self._disk)
+
     def describe(self) -> dict[str, Any]:
         """What was measured, JSON-ready."""
         facts: dict[str, Any] = {}
+        if self._disk:
+            facts["disk_gb_s"] = spread([rate / 1e9 for rate in self._disk])
         if self._wants_read:
             facts["read_gb_s"] = spread([rate / 1e9 for rate in self._read])
         if self._wants_copy:
@@ -100,6 +110,8 @@ class Limits:
         return [f"{sizes} {self.cache_bytes / 1e6:.0f} MB, so part may lie there and the ratio may flatter."]
 
     def _measure(self) -> None:
+        if disk := self._measure_disk():
+            self._disk.append(disk)
         try:
             if self._wants_read:
                 self._read.append(_core.measure_read_bandwidth(self.cpus, self.n_bytes, TRIALS)["median_gb_s"] * 1e9)

@@ -17,7 +17,8 @@ from fourfold.engine import MAX_STEP_TOKENS, Engine
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.locate import fourfold_directory
 from fourfold.machine import read_machine
-from fourfold.progress import bar
+from fourfold.progress import bar, warn
+from fourfold.residency import WEIGHTS, Weights
 
 
 def decode(
@@ -28,14 +29,15 @@ def decode(
     ranks: int | None = None,
     context: int = 0,
     kv: str | None = None,
+    weights: Weights = "auto",
     tokens: int = 64,
     repeats: int = 5,
     isa: str | None = None,
 ) -> dict[str, Any]:
     """Time a token, `tokens` of them one after another from position `context` on, and the bytes each must read."""
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
-        limits = Limits(read_machine(), run.engine.plan, read=True)
+    with _loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+        limits = Limits(read_machine(), run.engine.plan, read=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_one_by_one) / tokens
         n_bytes = np.mean([run.engine.bytes_per_token(context + i) for i in range(tokens)])
         rates = (n_bytes / seconds).tolist()
@@ -51,6 +53,7 @@ def decode(
             "bytes_per_token": int(n_bytes),
             "gb_s": spread([rate / 1e9 for rate in rates]),
             "of_read": limits.fractions_of_read(rates),
+            **run.disk(limits, seconds * tokens),
             "notes": limits.cache_notes(int(n_bytes)),
         }
 
@@ -63,14 +66,15 @@ def prefill(
     ranks: int | None = None,
     context: int = 0,
     kv: str | None = None,
+    weights: Weights = "auto",
     tokens: int = 512,
     repeats: int = 5,
     isa: str | None = None,
 ) -> dict[str, Any]:
     """Time of a prompt of `tokens` after `context` others, and the multiplications it must do."""
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
-        limits = Limits(read_machine(), run.engine.plan, peak=True)
+    with _loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+        limits = Limits(read_machine(), run.engine.plan, peak=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_at_once)
         matrix_flop = _matrix_flop(run.stored, tokens)
         steps = [min(tokens - fed, MAX_STEP_TOKENS) for fed in range(0, tokens, MAX_STEP_TOKENS)]
@@ -88,6 +92,7 @@ def prefill(
             "attention_gflop": _attention_flop(run.stored.config, context, tokens) / 1e9,
             "gflop_s": spread([rate / 1e9 for rate in rates]),
             "of_peak": limits.fractions_of_peak(rates),
+            **run.disk(limits, seconds),
             "notes": ["FLOP/s and its ratio count the matrices alone; the time includes everything."],
         }
 
@@ -98,6 +103,7 @@ class _Run:
     def __init__(self, engine: Engine, stored: FourfoldDirectory, name: str, start: int, n_tokens: int) -> None:
         self.engine, self.stored = engine, stored
         self._name, self._start = name, start
+        self._disk_bytes: list[int] = []  # of each repetition
         ids = np.random.default_rng(0).integers(0, stored.config.vocab_size, start + n_tokens).tolist()
         self.ids: list[int] = ids[start:]  # at least one
         self._sequence = engine.new_sequence()
@@ -123,9 +129,11 @@ class _Run:
 
         def repetition() -> float:
             self._sequence.length = self._start  # what the cache holds from there on is written again
-            begin = perf_counter()
+            begin, n_bytes = perf_counter(), self.engine.disk_bytes_read()
             logits.append(work())
-            return perf_counter() - begin
+            seconds = perf_counter() - begin
+            self._disk_bytes.append(self.engine.disk_bytes_read() - n_bytes)
+            return seconds
 
         # The first also leaves behind the state that every later one begins with.
         repetition()
@@ -134,6 +142,17 @@ class _Run:
         if not (np.isfinite(last).all() and all(np.array_equal(last, one) for one in logits[1:])):
             raise RuntimeFailure("the same tokens gave different logits, or no numbers: no figures of a wrong result")
         return seconds
+
+    def disk(self, limits: Limits, seconds: NDArray[np.float64]) -> dict[str, Any]:
+        """What each repetition read from disk a second; nothing where all weights are in memory."""
+        if not any(self._disk_bytes):
+            return {}
+        rates = (np.array(self._disk_bytes[1:]) / seconds).tolist()
+        return {
+            "resident_bytes": self.engine.describe()["resident_bytes"],
+            "disk_gb_s": spread([rate / 1e9 for rate in rates]),
+            "of_disk": limits.fractions_of_disk(rates),
+        }
 
     def kernels(self, *rows: int) -> dict[str, Any]:
         """Linear kernels for so many rows at a time, by weight format, and whether they use AMX."""
@@ -158,6 +177,7 @@ def _loaded(
     ranks: int | None,
     start: int,
     kv: str | None,
+    weights: Weights,
     n_tokens: int,
     isa: str | None,
 ) -> Iterator[_Run]:
@@ -165,10 +185,22 @@ def _loaded(
         raise UserError(f"context must be at least 0, not {start}")
     if kv is not None and kv not in KV_FORMATS:
         raise UserError(f"kv must be one of {', '.join(KV_FORMATS)}, not {kv!r}")
+    if weights not in WEIGHTS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
     with bar(f"converting {model}") as report:
         directory = fourfold_directory(model, format, threads=threads, report=report)
     with forced_isa(isa), bar(f"loading {directory.name}") as report:
-        engine = Engine(directory, ranks=ranks, threads=threads, context=start + n_tokens, kv=kv, report=report)
+        engine = Engine(
+            directory,
+            ranks=ranks,
+            threads=threads,
+            context=start + n_tokens,
+            kv=kv,
+            weights=weights,
+            report=report,
+        )
+    if engine.slowness:
+        warn(engine.slowness)
     run = _Run(engine, open_directory(directory), model, start, n_tokens)
     try:
         yield run

@@ -59,6 +59,7 @@ def _decode(result: Mapping[str, Any]) -> Table:
         ("MB a token must read", f"{result['bytes_per_token'] / 1e6:.1f}"),
         ("GB/s", _range(result["gb_s"], 2)),
         ("of read limit", _range(result["of_read"], 2)),
+        *_disk(result),
     )
 
 
@@ -70,7 +71,15 @@ def _prefill(result: Mapping[str, Any]) -> Table:
         ("GFLOP of attention", f"{result['attention_gflop']:.1f}"),
         ("GFLOP/s", _range(result["gflop_s"], 0)),
         ("of peak", _range(result["of_peak"], 2)),
+        *_disk(result),
     )
+
+
+def _disk(result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if "of_disk" in result:
+        yield "GB/s from disk", _range(result["disk_gb_s"], 2)
+        yield "of disk limit", _range(result["of_disk"], 2)
+        yield "GB of memory in use", f"{result['resident_bytes'] / 1e9:.2f}"
 
 
 def _load(result: Mapping[str, Any]) -> Table:
@@ -130,6 +139,9 @@ def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
     if "handover_us" in limits:
         trip, whole = _range(limits["round_trip_us"], 2), _range(limits["handover_us"], 2)
         yield f"Limit: a word and the bytes from core to core, in {whole} µs; two words there and back take {trip} µs."
+    if "disk_gb_s" in limits:
+        rates = _range(limits["disk_gb_s"], 2)
+        yield f"Limit of weights that are not in memory: reading them from their file in order, at {rates} GB/s."
     if "peak_gflop_s" in limits:
         rates = _range(limits["peak_gflop_s"], 1)
         yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."

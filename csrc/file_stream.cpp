@@ -1,0 +1,220 @@
+#include "file_stream.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <mutex>
+
+#include "memory.h"
+
+namespace fourfold {
+
+namespace {
+
+using Seconds = std::chrono::duration<double>;
+constexpr size_t kReadBytes = size_t{1} << 20;  // at a time: it stays in the second-level cache between copy and drop
+constexpr uint64_t kFolioBytes = uint64_t{4} << 20;  // more than a page of the cache, which is dropped whole or not
+
+// An open file that tells when it is no longer what it was. Movable facts only: offsets belong to the callers.
+class ReadFile {
+  public:
+    ReadFile(const std::string& path, int advice) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+        if (fd_ < 0 || fstat(fd_, &opened_) != 0) {
+            const int error = errno;
+            if (fd_ >= 0) close(fd_);
+            fail(error);
+        }
+        posix_fadvise(fd_, 0, 0, advice);
+    }
+    ~ReadFile() { close(fd_); }
+    ReadFile(const ReadFile&) = delete;
+    ReadFile& operator=(const ReadFile&) = delete;
+
+    // All of [offset, offset + bytes); `arrived(n)` is called as they come.
+    template <class F>
+    void read(uint64_t offset, size_t bytes, uint8_t* to, F arrived) const {
+        while (bytes) {
+            const ssize_t got = pread(fd_, to, std::min(bytes, kReadBytes), static_cast<off_t>(offset));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail(errno);
+            if (got == 0) changed();
+            offset += static_cast<uint64_t>(got);
+            to += got;
+            bytes -= static_cast<size_t>(got);
+            arrived(static_cast<size_t>(got));
+        }
+        struct stat now;
+        if (fstat(fd_, &now) != 0) fail(errno);
+        if (now.st_size != opened_.st_size || now.st_mtim.tv_sec != opened_.st_mtim.tv_sec ||
+            now.st_mtim.tv_nsec != opened_.st_mtim.tv_nsec)
+            changed();
+    }
+
+    // The page cache forgets [begin, end), as far as it is not needed by others.
+    void drop(uint64_t begin, uint64_t end) const {
+        posix_fadvise(fd_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
+    }
+
+  private:
+    [[noreturn]] void fail(int error) const {
+        throw DiskError(path_ + " could not be read (" + std::strerror(error) + "); check the disk");
+    }
+    [[noreturn]] void changed() const {
+        throw DiskError(path_ + " was changed while weights were being read from it; load the model again");
+    }
+    std::string path_;
+    int fd_;
+    struct stat opened_{};
+};
+
+}  // namespace
+
+struct FileStream::State {
+    State(const std::string& path, double patience)
+        : walked(path, POSIX_FADV_SEQUENTIAL), looked_up(path, POSIX_FADV_RANDOM), path(path), patience(patience) {}
+
+    const ReadFile walked, looked_up;  // two, so that a look-up does not upset what is read ahead
+    const std::string path;
+    const Seconds patience;
+    std::vector<Piece> pieces;
+    size_t n_slots = 0, slot_bytes = 0, n_users = 0;
+    NodeMemory ring;
+    std::vector<std::atomic<size_t>> users_left;  // of each slot's piece
+    std::atomic<uint64_t> n_read{0}, n_bytes{0};  // pieces and bytes
+
+    std::mutex mutex;  // guards the rest
+    std::condition_variable was_read, was_released;
+    uint64_t n_released = 0;  // pieces that every user has let go
+    bool closing = false;
+    std::string error;
+
+    uint8_t* slot(uint64_t i) const { return ring.as() + i % n_slots * slot_bytes; }
+
+    void run() {
+        try {
+            for (uint64_t i = 0; wait_for_room(i); ++i) read_piece(i);
+        } catch (const std::exception& e) {
+            give_up(e.what());
+        }
+    }
+
+    // False where the stream ends.
+    bool wait_for_room(uint64_t i) {
+        std::unique_lock lock(mutex);
+        was_released.wait(lock, [&] { return closing || i < n_released + n_slots; });
+        return !closing;
+    }
+
+    void read_piece(uint64_t i) {
+        const Piece& piece = pieces[i % pieces.size()];
+        users_left[i % n_slots].store(n_users, std::memory_order_relaxed);
+        walked.read(piece.offset, piece.bytes, slot(i), [&](size_t n) { n_bytes += n; });
+        walked.drop(piece.offset - std::min(piece.offset, kFolioBytes), piece.offset + piece.bytes);
+        {
+            const std::lock_guard lock(mutex);
+            n_read.store(i + 1, std::memory_order_release);
+        }
+        was_read.notify_all();
+    }
+
+    void give_up(const std::string& why) {
+        {
+            const std::lock_guard lock(mutex);
+            if (error.empty()) error = why;
+            closing = true;
+        }
+        was_read.notify_all();
+        was_released.notify_all();
+    }
+};
+
+FileStream::FileStream(const std::string& path, double patience_seconds)
+    : state_(std::make_shared<State>(path, patience_seconds)) {}
+
+void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
+    State& s = *state_;
+    s.pieces = std::move(pieces);
+    s.n_users = n_users;
+    for (const Piece& piece : s.pieces) s.slot_bytes = std::max(s.slot_bytes, (piece.bytes + 63) / 64 * 64);
+    s.n_slots = std::clamp<size_t>(kRingBytes / s.slot_bytes, 2, s.pieces.size() + 1);
+    s.ring = NodeMemory(s.n_slots * s.slot_bytes, kAnyNode);
+    s.users_left = std::vector<std::atomic<size_t>>(s.n_slots);
+    reader_ = std::thread([state = state_] { state->run(); });
+}
+
+FileStream::~FileStream() {
+    if (!reader_.joinable()) return;
+    bool failed;
+    {
+        const std::lock_guard lock(state_->mutex);
+        failed = !state_->error.empty();
+        state_->closing = true;
+    }
+    state_->was_released.notify_all();
+    failed ? reader_.detach() : reader_.join();  // after a failure it may hang in the kernel
+}
+
+const uint8_t* FileStream::wait(uint64_t i) {
+    State& s = *state_;
+    if (s.n_read.load(std::memory_order_acquire) <= i) {
+        std::unique_lock lock(s.mutex);
+        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
+        const Seconds nap(0.1);
+        Seconds waited{};
+        for (uint64_t before = s.n_bytes; s.n_read.load(std::memory_order_acquire) <= i && s.error.empty();) {
+            if (s.was_read.wait_for(lock, nap) == std::cv_status::no_timeout) continue;
+            waited = s.n_bytes == before ? waited + nap : Seconds{};
+            before = s.n_bytes;
+            if (waited < s.patience) continue;
+            char text[64];
+            std::snprintf(text, sizeof text, " gave nothing for %.3g s; check the disk", s.patience.count());
+            lock.unlock();
+            s.give_up("the disk of " + s.path + text);
+            lock.lock();
+        }
+        if (s.n_read.load(std::memory_order_acquire) <= i) throw DiskError(s.error);
+    }
+    return s.slot(i);
+}
+
+void FileStream::release(uint64_t i) {
+    State& s = *state_;
+    if (s.users_left[i % s.n_slots].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    {
+        const std::lock_guard lock(s.mutex);
+        s.n_released = i + 1;
+    }
+    s.was_released.notify_one();
+}
+
+void FileStream::read(uint64_t offset, size_t bytes, uint8_t* to) const {
+    state_->looked_up.read(offset, bytes, to, [](size_t) {});
+}
+
+uint64_t FileStream::bytes_read() const { return state_->n_bytes; }
+
+double measure_disk(const std::string& path, uint64_t offset, uint64_t bytes, double seconds) {
+    const ReadFile file(path, POSIX_FADV_SEQUENTIAL);
+    std::vector<uint8_t> piece(std::min<uint64_t>(bytes, kPieceBytes));
+    file.drop(offset, offset + bytes);
+    const auto begin = std::chrono::steady_clock::now();
+    Seconds taken{};
+    uint64_t done = 0;
+    while (done < bytes && taken.count() < seconds) {
+        const auto n = std::min<uint64_t>(bytes - done, piece.size());
+        file.read(offset + done, n, piece.data(), [](size_t) {});
+        done += n;
+        file.drop(offset + done - std::min(offset + done, n + kFolioBytes), offset + done);
+        taken = std::chrono::steady_clock::now() - begin;
+    }
+    return static_cast<double>(done) / taken.count();
+}
+
+}  // namespace fourfold

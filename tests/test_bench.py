@@ -197,7 +197,7 @@ def test_a_model_is_not_measured_at_what_it_cannot_do(options: dict[str, Any], m
 def test_load_counts_time_and_memory(run: Run, tiny_model: Path) -> None:
     result = run("load", str(tiny_model), "--repeats", "2", "--threads", "1")
     assert (result["bench"], result["threads"], result["repeats"]) == ("load", 1, 2)
-    assert result["weight_bytes"] > 50_000
+    assert result["weight_bytes"] > 40_000
     for figure in ("seconds", "gb_s", "of_copy"):
         assert is_spread(result[figure]), figure
     assert is_spread(result["limits"]["copy_gb_s"])
@@ -214,7 +214,7 @@ from fourfold.bench import limits, loading
 limits.READ_BYTES = 0
 print(loading.load(model={str(tmp_path / "model")!r}, repeats=2)["peak_over_weights"]["median"])
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
     assert 0.95 < float(done.stdout) < 1.15  # of 136 MB: Python itself grows by some MB
 
 

@@ -117,6 +117,24 @@ def test_block_scales_round_to_the_nearest_e4m3_half_to_even() -> None:
         assert_native_agrees(weights, fmt)
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "int4", "fp4"])
+def test_weights_on_thresholds_and_beside_them_get_their_codes(fmt: WeightFormat) -> None:
+    """Where a quicker way to a code might err: midpoints and the edges of even buckets, under every scale tried."""
+    values = np.unique(tiles.CODEBOOKS[fmt])
+    places = np.concatenate(
+        [(values[:-1] + values[1:]) * np.float32(0.5), (np.arange(-18, 18, dtype=np.float32) + 0.5) / 15.8]
+    )
+    rng = np.random.default_rng(3)
+    steps = np.arange(8, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    for g in (1.0, 3e-7, 1e30):
+        scales = np.float32(g) * rng.choice(steps, (160, 8))
+        weights = (rng.choice(places, (160, 8, 64)) * scales[:, :, None]).astype(np.float32)
+        beside = np.nextafter(weights, rng.choice(np.float32([-np.inf, np.inf]), weights.shape))
+        weights = np.where(rng.random(weights.shape) < 0.5, weights, beside).reshape(160, -1)
+        weights[::16, 0] = 448 * np.float32(g)  # makes g the panel's scale
+        assert_native_agrees(weights, fmt)
+
+
 def test_every_lane_of_every_format_lies_where_the_specification_says() -> None:
     """The formulas of docs/format.md, one weight at a time, on random bytes."""
     rng = np.random.default_rng(2)

@@ -1,14 +1,13 @@
-"""Work ahead and behind: in order, so much at a time, and what goes wrong comes out."""
+"""Work ahead: in order, so much at a time, and what goes wrong comes out."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
-from fourfold.pipeline import ahead, behind
+from fourfold.pipeline import ahead
 
 
 def test_ahead_keeps_the_order_and_its_distance() -> None:
@@ -44,47 +43,32 @@ def test_ahead_raises_in_its_place_and_stops_when_closed() -> None:
     assert len(begun) <= 5
 
 
-def test_behind_does_jobs_in_order_and_waits_for_the_last() -> None:
+def test_several_threads_work_at_once_and_the_order_stays() -> None:
+    together = threading.Barrier(3, timeout=5)
+
+    def work(i: int) -> int:
+        together.wait()  # passed only by three at a time
+        time.sleep(0.001 * (3 - i % 3))
+        return i
+
+    assert list(ahead(range(9), work, 3, threads=3)) == list(range(9))
+
+
+def test_one_stage_feeds_another() -> None:
+    first = ahead(range(50), lambda i: i + 1, 3)
+    assert list(ahead(first, lambda i: i * 2, 4, threads=2)) == list(range(2, 102, 2))
+
+
+def test_closing_ends_what_is_under_way_and_begins_nothing() -> None:
     done: list[int] = []
-    with behind(2) as do:
-        for i in range(10):
-            do(lambda i=i: (time.sleep(0.001), done.append(i)))  # type: ignore[misc]
-            assert len(done) >= i - 1
-    assert done == list(range(10))
 
+    def work(i: int) -> None:
+        time.sleep(0.02)
+        done.append(i)
 
-def test_behind_raises_what_a_job_raises_and_begins_no_other() -> None:
-    done: list[str] = []
-
-    def fail() -> None:
-        time.sleep(0.01)
-        raise OSError("full")
-
-    def both() -> None:
-        with behind(2) as do:
-            do(fail)
-            do(lambda: done.append("after"))
-
-    with pytest.raises(OSError, match="full"):
-        both()
-    assert done == []
-
-
-def test_behind_drops_what_waits_when_the_block_is_left() -> None:
-    done: list[str] = []
-    release = threading.Event()
-
-    def slow() -> None:
-        release.wait(5)
-        done.append("under way")
-
-    def leave(do: Callable[[Callable[[], None]], None]) -> None:
-        do(slow)
-        do(lambda: done.append("waiting"))
-        time.sleep(0.01)
-        threading.Timer(0.02, release.set).start()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), behind(3) as do:
-        leave(do)
-    assert done == ["under way"]
+    results = ahead(range(100), work, 5)
+    next(results)
+    results.close()
+    n_done = len(done)
+    time.sleep(0.05)
+    assert len(done) == n_done <= 2

@@ -6,10 +6,15 @@
 //   bits, floats         of F as I, of I as F;  to_float: I converted to F
 //   Table, lookup(t, i)  16 floats; t[i], i < 16;   lookup8: for i < 8
 //   turn(i, bit, w, t)   i | (w > t ? bit : 0)
+//   Table32              where kHasTable32: 32 floats; lookup32(t, i): t[i mod 32]
 //
-// What bounds it: arithmetic. A weight of a 4-bit format is coded 8 times (4 scales, each mirrored and not), each time
-// by 4 comparisons on the way down a tree of thresholds. A threshold is midpoint * scale, rounded, as the specification
-// has it; rounding keeps their order, so the way ends where counting all 15 of them would.
+// What bounds it: arithmetic. A weight of a 4-bit format is tried 8 times (4 scales, each mirrored and not) and coded
+// once, by 4 comparisons on the way down a tree of thresholds. A threshold is midpoint * scale, rounded, as the
+// specification has it; rounding keeps their order, so the way ends where counting all 15 of them would.
+//
+// A try needs only the value, and with tables of 32 finds it by one comparison: weight / scale, roughly, says the
+// bucket, and a bucket has one midpoint at most. The same value, bit for bit: midpoints keep away from the buckets'
+// edges by more than the quotient is wrong, and on either side of an edge both buckets give the value that lies there.
 using F = Lanes::F;
 using I = Lanes::I;
 constexpr size_t W = Lanes::W;
@@ -62,6 +67,35 @@ constexpr Tree make_tree(Format format) {
     }
     return tree;
 }
+// Bucket i is [(i - 16.5) / kBucketsPerUnit, (i - 15.5) / kBucketsPerUnit) of weight / scale; the outermost go on.
+constexpr float kBucketsPerUnit = 15.8f;  // keeps the midpoints of all three codebooks farthest from the edges
+constexpr float kFarthest = 15.4f;        // from bucket 16: what is farther has the value of the last bucket
+constexpr float kLeastScale = 1e-30f;     // above it kBucketsPerUnit / scale is finite
+struct Buckets {
+    float midpoint[32] = {}, below[32] = {}, above[32] = {};  // the one in the bucket, and the values beside it
+    bool is_sound = true;
+};
+constexpr Buckets make_buckets(const Tree& tree) {
+    float ascending[16] = {}, midpoints[15] = {};
+    for (int path = 0; path < 16; ++path) {
+        const int place = (path & 1) << 3 | (path & 2) << 1 | (path & 4) >> 1 | path >> 3;
+        ascending[place] = tree.values[path];
+    }
+    for (int i = 0; i < 15; ++i) midpoints[i] = (ascending[i] + ascending[i + 1]) * 0.5f;
+    Buckets buckets;
+    for (int i = 0, passed = 0; i < 32; ++i) {  // passed: midpoints below the bucket
+        buckets.below[i] = buckets.above[i] = ascending[passed];
+        const float end = (static_cast<float>(i) - 15.5f) / kBucketsPerUnit, margin = 0.05f / kBucketsPerUnit;
+        if (passed == 15 || midpoints[passed] > end) continue;
+        const float begin = end - 1 / kBucketsPerUnit;
+        buckets.is_sound &= midpoints[passed] > begin + margin && midpoints[passed] < end - margin;
+        buckets.midpoint[i] = midpoints[passed];
+        buckets.above[i] = ascending[++passed];
+        buckets.is_sound &= passed == 15 || midpoints[passed] > end;
+    }
+    return buckets;
+}
+
 constexpr Tree kTrees[] = {make_tree(Format::nf4), make_tree(Format::int4), make_tree(Format::fp4)};
 
 // How the weights of a block become codes and codes values. `Block` is what its scale fixes.
@@ -85,6 +119,25 @@ struct Coder {  // nf4, int4, fp4
     }
     F value(const Block& b, I path) const { return b.scale * Lanes::lookup(values, path); }
     I stored(I path) const { return Lanes::bits(Lanes::lookup(codes, path)); }
+    F nearest(const Block& b, F w) const { return value(b, code(b, w)); }
+};
+// What Coder::nearest gives, for scales from kLeastScale on.
+template <Format format, class L>
+struct Bucketer {
+    static constexpr Buckets kBuckets = make_buckets(kTrees[static_cast<size_t>(format)]);
+    static_assert(kBuckets.is_sound);
+    L::Table32 midpoint{kBuckets.midpoint}, below{kBuckets.below}, above{kBuckets.above};
+
+    struct Block {
+        F scale, inverse;
+    };
+    Block block(F scale) const { return {scale, Lanes::splat(kBucketsPerUnit) / scale}; }
+    F nearest(const Block& b, F w) const {
+        const F most = Lanes::splat(kFarthest), x = w * b.inverse, low = x < -most ? -most : x;
+        const I bucket = Lanes::bits((most < low ? most : low) + (kRound + 16));
+        const auto is_above = w > L::lookup32(midpoint, bucket) * b.scale;
+        return b.scale * (is_above ? L::lookup32(above, bucket) : L::lookup32(below, bucket));
+    }
 };
 template <>
 struct Coder<Format::int8> {
@@ -103,6 +156,7 @@ struct Coder<Format::int8> {
     }
     F value(const Block& b, I code) const { return b.scale * (Lanes::to_float(code) / 127.0f); }
     I stored(I code) const { return code & 0xFF; }
+    F nearest(const Block& b, F w) const { return value(b, code(b, w)); }
 };
 
 // One block per lane: the sums of (weight - value)^2 and weight^2, over its inputs in order.
@@ -122,33 +176,41 @@ BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, 
 
     float ratios[W], tried_scales[kCandidates][W];
     int32_t tried_bytes[kCandidates][W];
+    [[maybe_unused]] bool is_tiny = false;
     Lanes::store(ratios, largest / Lanes::splat(g));
     for (size_t n = 0; n < W; ++n)
         for (int i = 0; i < kCandidates; ++i) {
             const int byte = e4m3_byte(ratios[n]) - 2 + i;
             tried_bytes[i][n] = byte < 1 ? 1 : byte > 126 ? 126 : byte;
             tried_scales[i][n] = g * e4m3(static_cast<uint8_t>(tried_bytes[i][n]));
+            is_tiny |= !(tried_scales[i][n] >= kLeastScale);
         }
 
     F error = Lanes::splat(__builtin_inff()), scale = Lanes::load(tried_scales[0]), sign = Lanes::splat(1.0f);
     I byte = Lanes::load(tried_bytes[0]);
-    for (int candidate = 0; candidate < (Coder<format>::kMirrors ? 2 : 1) * kCandidates; ++candidate) {
-        const bool is_mirrored = candidate >= kCandidates;
-        const F s = Lanes::load(tried_scales[candidate % kCandidates]);
-        const F side = Lanes::splat(is_mirrored ? -1.0f : 1.0f);
-        const auto block = coder.block(s);
-        F e{};
-        for (size_t k = 0; k < kTileK; ++k) {
-            const F w = Lanes::load(columns + k * kTileN) * side;
-            const F miss = w - coder.value(block, coder.code(block, w));
-            e += miss * miss;
+    const auto try_each = [&](const auto& coder) {
+        for (int candidate = 0; candidate < (Coder<format>::kMirrors ? 2 : 1) * kCandidates; ++candidate) {
+            const bool is_mirrored = candidate >= kCandidates;
+            const F s = Lanes::load(tried_scales[candidate % kCandidates]);
+            const F side = Lanes::splat(is_mirrored ? -1.0f : 1.0f);
+            const auto block = coder.block(s);
+            F e{};
+            for (size_t k = 0; k < kTileK; ++k) {
+                const F w = Lanes::load(columns + k * kTileN) * side;
+                const F miss = w - coder.nearest(block, w);
+                e += miss * miss;
+            }
+            const auto is_better = e < error;
+            error = is_better ? e : error;
+            scale = is_better ? s : scale;
+            sign = is_better ? side : sign;
+            byte = is_better ? Lanes::load(tried_bytes[candidate % kCandidates]) + (is_mirrored ? kMirrored : 0) : byte;
         }
-        const auto is_better = e < error;
-        error = is_better ? e : error;
-        scale = is_better ? s : scale;
-        sign = is_better ? side : sign;
-        byte = is_better ? Lanes::load(tried_bytes[candidate % kCandidates]) + (is_mirrored ? kMirrored : 0) : byte;
-    }
+    };
+    if constexpr (is_4bit(format) && Lanes::kHasTable32)
+        is_tiny ? try_each(coder) : try_each(Bucketer<format, Lanes>());
+    else
+        try_each(coder);
 
     const auto is_zero = largest == F{};
     int32_t bytes[W];

@@ -8,6 +8,7 @@ namespace {
 
 struct Lanes {
     static constexpr size_t W = 8;
+    static constexpr bool kHasTable32 = false;
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
     struct Table {

@@ -6,6 +6,7 @@ namespace {
 
 struct Lanes {
     static constexpr size_t W = 1;
+    static constexpr bool kHasTable32 = false;
     using F = float;
     using I = int32_t;
     struct Table {

@@ -1,7 +1,8 @@
 """From a checkpoint to a fourfold directory: every weight streamed in pieces through the native packer.
 
-Pieces are read by one thread, packed by as many as there are, and hashed and written by one, all at once; so few are
-under way that memory is bounded, whatever the model: READ_AHEAD + 1 pieces of the source and OUTPUTS packed ones.
+Pieces of a few MB are read by one thread, packed by as many as there are, each its own, and hashed and written by one,
+all at once and in order. So few are under way that memory is bounded, whatever the model: READ_AHEAD of the source, two
+for each thread, OUTPUTS packed ones.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import IO, Any, cast
 
 import ml_dtypes
@@ -35,12 +36,12 @@ from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
 from fourfold.machine import choose_isa, read_machine
 from fourfold.models import WeightSpec, weight_specs
-from fourfold.pipeline import ahead, behind
+from fourfold.pipeline import ahead
 
 MAX_THREADS = 4096
-PIECE_BYTES = 64 << 20  # of weights as float32
-READ_AHEAD = 2  # pieces read before they are packed
-OUTPUTS = 3  # packed pieces in memory: one being made, one being written, one waiting for that
+PIECE_BYTES = 8 << 20  # of weights as float32
+READ_AHEAD = 8  # pieces read before a thread is free for them
+OUTPUTS = 2  # packed pieces that wait to be written, beside those under way
 RECIPE = {
     "block": 64,
     "scales": "FP8 E4M3 per block, float32 per panel of 16 outputs",
@@ -82,11 +83,14 @@ def convert(
     isa = choose_isa()  # before anything is made: it may raise
     with DirectoryWriter(Path(dst), source.config, fmt, source.fingerprint) as writer:
         pieces = list(_pieces(spec for spec in specs if spec.name not in writer.finished))
-        packer, recorder = _Packer(fmt, n_threads, isa, pieces), _Recorder(writer, progress)
-        with behind(OUTPUTS - 1) as do, closing(ahead(pieces, partial(_read, source), READ_AHEAD)) as read:
-            for piece, rows, forget in read:
-                do(partial(recorder.record, piece, packer.pack(piece.spec, rows)))
-                forget()
+        packer, recorder = _Packer(fmt, isa), _Recorder(writer, progress)
+        with (
+            closing(ahead(pieces, partial(_read, source), READ_AHEAD)) as read,
+            closing(ahead(read, packer.pack, n_threads + OUTPUTS, n_threads)) as packed,
+        ):
+            for output in packed:
+                recorder.record(output)
+                packer.reuse(output)
         report = _report(specs, writer, fmt)
         writer.finish(source.tokenizer_files, RECIPE, report.to_dict())
     return report
@@ -178,10 +182,6 @@ class _Piece:
     def is_last(self) -> bool:
         return self.stop == self.spec.shape[0]
 
-    def stored_bytes(self, fmt: WeightFormat) -> int:
-        """Of a matrix."""
-        return stored_bytes(fmt, (self.stop - self.start, self.spec.shape[1]))
-
 
 def _pieces(specs: Iterable[WeightSpec]) -> Iterator[_Piece]:
     """Every weight in turn, in whole panels of bounded size."""
@@ -192,50 +192,80 @@ def _pieces(specs: Iterable[WeightSpec]) -> Iterator[_Piece]:
             yield _Piece(spec, start, min(start + step, n))
 
 
-def _read(source: Source, piece: _Piece) -> tuple[_Piece, NDArray[Any], Callable[[], None]]:
-    """The piece, its rows, and a function that gives the memory of the source back."""
+@dataclass(frozen=True)
+class _Rows:
+    """A piece as the source has it."""
+
+    piece: _Piece
+    values: NDArray[Any]
+    forget: Callable[[], None]  # gives the source's memory back
+
+
+def _read(source: Source, piece: _Piece) -> _Rows:
     rows = np.ascontiguousarray(piece.spec.rows.read(source.tensors, piece.start, piece.stop))
     # A mapped file is read when it is touched: here, not in the packer.
     rows.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
-    return piece, rows, source.forgetter()
+    return _Rows(piece, rows, source.forgetter())
 
 
 @dataclass(frozen=True)
 class _Output:
-    """Rows as they are stored."""
+    """A piece as it is stored."""
 
+    piece: _Piece
     data: NDArray[Any]  # panels, or a vector
+    memory: NDArray[np.uint8] | None = None  # that panels lie in
     scales: NDArray[np.float32] | None = None
     error: float = 0.0
     reference: float = 0.0
 
 
 class _Packer:
-    """Packs rows on all threads, into memory that is used again: an output holds until OUTPUTS - 1 more were made."""
+    """Packs pieces, each on the thread that asks, into memory that is used again."""
 
-    def __init__(self, fmt: WeightFormat, n_threads: int, isa: str, pieces: Iterable[_Piece]) -> None:
-        self._format, self._n_threads, self._isa = fmt, n_threads, isa
-        n_bytes = max((piece.stored_bytes(fmt) for piece in pieces if piece.spec.is_matrix), default=0)
-        self._memory = cycle([np.empty(n_bytes, np.uint8) for _ in range(OUTPUTS)])
+    def __init__(self, fmt: WeightFormat, isa: str) -> None:
+        self._format, self._isa = fmt, isa
+        self._memory: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
 
-    def pack(self, spec: WeightSpec, rows: NDArray[Any]) -> _Output:
-        if not spec.is_matrix:
-            vector = rows.astype("<f4")
-            if not np.isfinite(vector).all():
-                raise _not_finite(spec)
-            return _Output(vector)
+    def pack(self, rows: _Rows) -> _Output:
+        try:
+            pack = self._pack_matrix if rows.piece.spec.is_matrix else self._pack_vector
+            return pack(rows.piece, rows.values)
+        finally:
+            rows.forget()
+
+    def reuse(self, output: _Output) -> None:
+        """Gives an output's memory back, which is of no use from here on."""
+        if output.memory is not None:
+            self._memory.put(output.memory)
+
+    def _pack_vector(self, piece: _Piece, rows: NDArray[Any]) -> _Output:
+        vector = rows.astype("<f4")
+        if not np.isfinite(vector).all():
+            raise _not_finite(piece.spec)
+        return _Output(piece, vector)
+
+    def _pack_matrix(self, piece: _Piece, rows: NDArray[Any]) -> _Output:
         n, k = rows.shape
         p, n_bytes = n_panels(n), panel_bytes(self._format, k)
-        panels = next(self._memory)[: p * n_bytes].reshape(p, n_bytes)
+        memory = self._take(p * n_bytes)
+        panels = memory[: p * n_bytes].reshape(p, n_bytes)
         scales = np.empty(p, np.float32) if self._format in SCALED else None
         numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
         try:
-            sums = _core.pack(numbers, self._format, panels, scales, self._n_threads, self._isa)
-        except ValueError as error:
-            if "NaN or infinity" in str(error):
-                raise _not_finite(spec) from error
-            raise RuntimeFailure(f"{spec.name} could not be packed: {error}") from error
-        return _Output(panels, scales, *sums)
+            error, reference = _core.pack(numbers, self._format, panels, scales, isa=self._isa)
+        except ValueError as wrong:
+            if "NaN or infinity" in str(wrong):
+                raise _not_finite(piece.spec) from wrong
+            raise RuntimeFailure(f"{piece.spec.name} could not be packed: {wrong}") from wrong
+        return _Output(piece, panels, memory, scales, error, reference)
+
+    def _take(self, n_bytes: int) -> NDArray[np.uint8]:
+        """At least so many bytes: memory that was given back, where that is large enough, or new memory."""
+        with contextlib.suppress(Empty):
+            if (memory := self._memory.get_nowait()).size >= n_bytes:
+                return memory
+        return np.empty(n_bytes, np.uint8)
 
 
 class _Recorder:
@@ -246,15 +276,15 @@ class _Recorder:
         self._n_bytes = writer.finished_bytes
         self._error = self._reference = 0.0
 
-    def record(self, piece: _Piece, output: _Output) -> None:
-        name = piece.spec.name
+    def record(self, output: _Output) -> None:
+        name = output.piece.spec.name
         self._writer.write(name, output.data)
         self._n_bytes += output.data.nbytes
         if output.scales is not None:
             self._writer.write(f"{name}.scale", output.scales)
             self._n_bytes += output.scales.nbytes
         self._error, self._reference = self._error + output.error, self._reference + output.reference
-        if piece.is_last:
+        if output.piece.is_last:
             self._writer.commit(name, self._error, self._reference)
             self._error = self._reference = 0.0
         if self._progress:

@@ -79,7 +79,7 @@ class _Loads:
         engine = Engine(self._directory, ranks=self._ranks, threads=self._threads, context=CONTEXT)
         try:
             seconds = perf_counter() - begin
-            self.peaks.append(_status("VmHWM") - before)
+            self.peaks.append(max(0, _status("VmHWM") - before))  # the kernel counts in batches of pages
             self.weight_bytes = engine.weight_bytes
             logits = engine.logits([0])
         finally:

@@ -139,7 +139,7 @@ def test_each_node_has_its_share_to_hold(directory: Path, monkeypatch: pytest.Mo
     cpu = read_machine().allowed_cpus[0]
     on(monkeypatch, two_nodes)
     monkeypatch.setattr(fourfold.engine, "plan_ranks", lambda *_: [RankPlan(0, [cpu]), RankPlan(3, [cpu])])
-    with pytest.raises(ResourceError, match=r"needs 0\.0\d GB on NUMA node 3, where 0\.00 GB are free"):
+    with pytest.raises(ResourceError, match=r"needs 0\.\d\d GB on NUMA node 3 .*, where 0\.00 GB are free"):
         Engine(directory, ranks=2)
 
 

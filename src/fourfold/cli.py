@@ -188,6 +188,35 @@ def doctor(
     _show(machine_doctor.report(quick=quick), json, machine_doctor.render)
 
 
+@app.command(name="plan")
+def plan_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model, a Hugging Face config.json, or a shape such as yuan2-102b; no weights needed."
+        ),
+    ],
+    machine: Annotated[
+        str | None, typer.Option(help="A described machine (nf8260g7, or a TOML file); else this one, measured.")
+    ] = None,
+    ranks: Ranks = None,
+    context: Context = None,
+    kv: Kv = None,
+    format: Format = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompt. [default: 512]", show_default=False)
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the machine, as measured, in a TOML file.")] = None,
+    json: Json = False,
+) -> None:
+    """What a model takes and gives on a machine: bytes of each node, ms a token, what bounds it."""
+    options = dict(locals())
+    from fourfold import cli_plan, plan
+
+    _show(cli_plan.plan(options), json, plan.render)
+
+
 @app.command(name="eval")
 def evaluate(
     model: Model,
@@ -262,6 +291,21 @@ def bench_prefill(
 ) -> None:
     """A model over a whole prompt: tokens/s and FLOP/s against the peak."""
     _bench("prefill", locals())
+
+
+@bench.command(name="plan")
+def bench_plan(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models as `bench decode` takes them.")],
+    format: Format = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks, several with commas. [default: 1,2]", show_default=False)] = None,
+    context: Start = None,
+    kv: Kv = None,
+    tokens: Tokens = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """Whether `fourfold plan` is right here: ms a token as planned beside ms a token as measured."""
+    _bench("plan", locals())
 
 
 @bench.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
-from fourfold.program import TILE_K, ProgramBuilder, assign_buffers
+from fourfold.program import TILE_K, Cut, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
@@ -47,6 +47,13 @@ def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
     return -(-((head_dim + values) * PAGE * KV_ELEMENT_BYTES[kv] + scales) // 64) * 64
 
 
+def slice_bytes(format: WeightFormat, outputs: Cut, inputs: Cut) -> list[int]:
+    """What each rank holds, and reads in a step, of a weight that is cut so."""
+    return [
+        _core.slice_bytes(format, list(n), list(k)) for n, k in zip(outputs.ranges, inputs.ranges, strict=True)
+    ]
+
+
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
     unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
@@ -69,11 +76,8 @@ def footprint(
     page = kv_page_bytes(kv, builder.config.head_dim) * sum(op.kind == "cache" for op in builder.ops)
     widest = max(-(-inputs.size // TILE_K) * TILE_K for _, inputs in cuts.values())
     packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
-    for rank in range(builder.n_ranks):
-        slices = [
-            _core.slice_bytes(formats[name], list(n.ranges[rank]), list(k.ranges[rank]))
-            for name, (n, k) in cuts.items()
-        ]
+    held = [slice_bytes(formats[name], *cut) for name, cut in cuts.items()]  # (weights, ranks)
+    for rank, slices in enumerate(zip(*held, strict=True)):
         weights.append(sum(slices))
         room.append(sum(map(_room, slices)))
         kv_page.append(page * (builder.kv_heads().widths[rank] // builder.config.head_dim))

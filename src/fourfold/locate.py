@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fourfold.checkpoint.source import optional_json
-from fourfold.config import FORMATS
+from fourfold.checkpoint.hf_config import model_config
+from fourfold.checkpoint.source import optional_json, read_json
+from fourfold.config import FORMATS, ModelConfig
 from fourfold.errors import CheckpointError, UserError
+from fourfold.models.shapes import SHAPES
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
@@ -46,6 +48,23 @@ def source_path(model: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"there is no model at {path}; give a directory, a GGUF file or {', '.join(BUNDLED)}")
     return path
+
+
+def known_config(name: str | Path) -> ModelConfig:
+    """The shape of that name (`models.shapes`), or what a Hugging Face `config.json`, or the directory of one, says.
+
+    Raises UserError, listing the names, for what is neither, and whatever `model_config` raises.
+    """
+    if shape := SHAPES.get(str(name)):
+        return shape
+    path = Path(name).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{name} is no shape and no config.json; the shapes are {', '.join(SHAPES)}")
+    fields = read_json(file)
+    if "fourfold" in fields:
+        raise UserError(f"{file} is that of a converted model; give a shape or a Hugging Face config.json")
+    return model_config(fields, str(file))
 
 
 def fourfold_format(path: Path) -> str | None:

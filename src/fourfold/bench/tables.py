@@ -10,7 +10,11 @@ from rich.table import Table
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what `linear`, `decode` or `prefill` returned: medians, and in brackets the spread of the repetitions."""
+    """Prints what the benchmarks returned: medians, and in brackets the spread of the repetitions."""
+    if result["bench"] == "plan":
+        console.print(_plan(result))
+        console.print("Others: cores' worth of time that other processes took meanwhile.", highlight=False)
+        return
     console.print(_title(result), style="bold", highlight=False)
     console.print({"linear": _linear, "decode": _decode, "prefill": _prefill}[result["bench"]](result))
     for line in [*_limits(result["limits"]), _kernels(result), *result["notes"]]:
@@ -65,6 +69,25 @@ def _prefill(result: Mapping[str, Any]) -> Table:
         ("GFLOP/s", _range(result["gflop_s"], 0)),
         ("of peak", _range(result["of_peak"], 2)),
     )
+
+
+def _plan(result: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("model")
+    for name in ("ranks", "MB a token", "read GB/s", "planned ms", "measured ms", "planned / measured", "others"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["model"],
+            str(row["ranks"]),
+            f"{row['bytes_per_token'] / 1e6:.1f}",
+            f"{row['read_gb_s']['median']:.1f}",
+            f"{row['planned_ms']['median']:.2f}",
+            f"{row['measured_ms']['median']:.2f}",
+            _range(row["ratio"], 2),
+            f"{row['others']['median']:.2f}",
+        )
+    return table
 
 
 def _facts(*rows: tuple[str, str]) -> Table:

@@ -22,20 +22,22 @@ from fourfold.errors import ResourceError, RuntimeFailure
 from fourfold.footprint import HUGE_PAGE, PAGE, kv_page_bytes
 from fourfold.format import TILE_N, stored_bytes
 from fourfold.machine import Machine, RankPlan, choose_isa
-from fourfold.plan.machines import Attained, Links, NodeRates, PlannedMachine
+from fourfold.plan.machines import Attained, NodeRates, PlannedMachine
 from fourfold.plan.probes import Attention, Bench, Probe, chain, gates, idle, norms
 from fourfold.program import cut_heads
 
 # (outputs of a rank, inputs): large slices fill huge pages, small ones do not; wide and narrow ones of each.
-LARGE, SMALL = ((4096, 4096), (16384, 1024)), ((256, 4096), (1536, 576), (192, 576))
+LARGE, SMALL = ((4096, 4096), (8192, 2048), (16384, 1024)), ((256, 4096), (1536, 576), (192, 576))
 CHAIN_BYTES = 100_000_000  # of a chain, or more where the caches are large
 TIMES_CACHE = 3  # so many last-level caches' worth: nothing is found there again
-READ_BYTES, TRIALS = 500_000_000, 2
+READ_BYTES, TRIALS = 200_000_000, 2
 VECTOR_WIDTHS, VECTOR_OPS = (1024, 8192), 200
 CACHED_SHAPE, CACHED_PART = (512, 4096), 0.25  # of the last-level cache
 KV_POSITIONS = 1024
 PROMPT_LAYERS = 2
+PROMPT_PROBES = ("prompt", "prompt attention")
 PASSES = 3  # over all probes, so that what else the machine does meets each
+STEPS = 7  # of each probe in a pass; the median counts
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Calibration:
                 f"measuring this machine takes {needed / 1e9:.1f} GB and {machine.available_bytes / 1e9:.1f} GB are free: "
                 "free some memory, or plan with --machine FILE"
             )
+        self._slow: dict[str, float] = {}
         self._bench = Bench.of(plan, choose_isa(), format, kv)
         self._chains = [self._chain(shape, chain_bytes) for shape in (*LARGE, *SMALL)]
         self._cached = self._chain(CACHED_SHAPE, CACHED_PART * self._cache_bytes, min_ops=200)
@@ -108,30 +111,40 @@ class Calibration:
         seen = MAX_STEP_TOKENS * (MAX_STEP_TOKENS + 1) / 2
         self._prompt_attention_flop = 4.0 * config.n_heads * config.head_dim * seen
 
-    def measure(self, *, passes: int = PASSES, name: str = "this machine") -> PlannedMachine:
-        """Everything anew: the memory's speed, and what the kernels make of it. A second or two."""
-        probes = self._all_probes()
-        times: dict[Any, list[float]] = {key: [] for key in probes}
+    def measure(self, *, passes: int = PASSES, decode_only: bool = False) -> PlannedMachine:
+        """The memory's speed and what the kernels make of it, anew, half a second a pass.
+
+        decode_only leaves what prompts need as it was measured before.
+        """
+        fast = {key: probe for key, probe in self._probes().items() if key not in PROMPT_PROBES}
+        slow = {} if decode_only and self._slow else {key: self._probes()[key] for key in PROMPT_PROBES}
+        times: dict[Any, list[float]] = {key: [] for key in (*fast, *slow)}
         read, core, peak = [], [], []
         for _ in range(passes):
             read.append(self._read(self._cpus))
-            for key, probe in probes.items():
-                times[key].append(probe.us_per_op(3))
-            core.append(self._read(self._cpus[:1]))
-            peak.append(self._peak())
+            for key, probe in fast.items():
+                times[key].append(probe.us_per_op(STEPS))
+            read.append(self._read(self._cpus))
+            for key, probe in slow.items():
+                times[key].append(probe.us_per_op(1))
+                core.append(self._read(self._cpus[:1]))
+                peak.append(self._peak())
         us = {key: median(values) for key, values in times.items()}
-        nodes = self._nodes(median(read), median(peak))
-        core_read = min(median(core), nodes[0].read_gb_s)
+        if slow:
+            self._slow = {key: us[key] for key in slow} | {"core": median(core), "peak": median(peak)}
+        us |= self._slow
+        nodes = self._nodes(median(read), us["peak"])
+        core_read = min(us["core"], nodes[0].read_gb_s)
         return PlannedMachine(
-            name=name,
+            name="this machine",
             about=f"measured: {self._machine.model}",
             nodes=nodes,
             core_read_gb_s=core_read,
-            links=self._links(),
-            attained=self._attained(us, median(read) * 1e3, core_read * 1e3, median(peak) * 1e6),
+            links=None,
+            attained=self._attained(us, median(read) * 1e3, core_read * 1e3, us["peak"] * 1e6),
         )
 
-    def _all_probes(self) -> dict[Any, Probe]:
+    def _probes(self) -> dict[Any, Probe]:
         return {
             **{i: chain.probe for i, chain in enumerate(self._chains)},
             **self._vectors,
@@ -205,9 +218,6 @@ class Calibration:
             )
             for node, n in zip(nodes, cpus, strict=True)
         )
-
-    def _links(self) -> Links | None:
-        return None
 
 
 def _measured(measure: Any, *arguments: Any) -> Any:

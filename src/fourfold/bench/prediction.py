@@ -26,7 +26,9 @@ from fourfold.plan.times import Clock
 from fourfold.plan.work import count_work
 from fourfold.progress import bar
 
-UNDISTURBED = 0.1  # cores' worth of time that others may take: a repetition in which they take more is made again
+# A repetition in which others took more than so many cores' worth of time, or around which the memory's speed changed by
+# more than this part, is made again.
+UNDISTURBED = 0.1
 PATIENCE = 4  # so many times the repetitions asked for are tried
 
 T = TypeVar("T")
@@ -86,15 +88,18 @@ class _Calibrations:
 
     def interleave(self, repeats: int, repetition: Callable[[], T]) -> list[T]:
         """The results of `repeats` repetitions, the least disturbed of at most PATIENCE times as many."""
-        machines, results, others = [self._calibration.measure(passes=1)], [], []
+        machines, results = [self._calibration.measure()], []
+        others, disturbed = [], []
         with bar("planning and measuring", unit="repetitions") as report:
-            while sum(cores <= UNDISTURBED for cores in others) < repeats and len(results) < PATIENCE * repeats:
+            while (n_calm := sum(d <= UNDISTURBED for d in disturbed)) < repeats and len(results) < PATIENCE * repeats:
+                report(n_calm, repeats)
                 start = _cpu_seconds(), time.perf_counter()
                 results.append(repetition())
-                machines.append(self._calibration.measure(passes=1))
+                machines.append(self._calibration.measure(passes=1, decode_only=True))
                 others.append((_cpu_seconds() - start[0]) / (time.perf_counter() - start[1]))
-                report(sum(cores <= UNDISTURBED for cores in others), repeats)
-        kept = sorted(sorted(range(len(others)), key=others.__getitem__)[:repeats])
+                before, after = (one.nodes[0].read_gb_s for one in machines[-2:])
+                disturbed.append(max(others[-1], abs(after / before - 1)))
+        kept = sorted(sorted(range(len(results)), key=disturbed.__getitem__)[:repeats])
         around = list(pairwise(machines))
         self._around, self.others = [around[i] for i in kept], [others[i] for i in kept]
         return [results[i] for i in kept]

@@ -26,7 +26,20 @@ FLOORS = (
     ("checkpoint", "quantize", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine",),
-    ("llm", "progress", "evaluate", "plan", "bench", "doctor", "cli", "cli_generate", "cli_evaluate", "cli_plan", "cli_render", "__init__"),
+    (
+        "llm",
+        "progress",
+        "evaluate",
+        "plan",
+        "bench",
+        "doctor",
+        "cli",
+        "cli_generate",
+        "cli_evaluate",
+        "cli_plan",
+        "cli_render",
+        "__init__",
+    ),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 

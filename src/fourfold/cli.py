@@ -193,7 +193,8 @@ def plan_model(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A model, a Hugging Face config.json, or a shape such as yuan2-102b; no weights needed."
+            metavar="MODEL",
+            help="A model, a Hugging Face config.json, or a shape such as yuan2-102b; no weights needed.",
         ),
     ],
     machine: Annotated[
@@ -297,7 +298,9 @@ def bench_prefill(
 def bench_plan(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models as `bench decode` takes them.")],
     format: Format = None,
-    ranks: Annotated[str | None, typer.Option(help="Ranks, several with commas. [default: 1,2]", show_default=False)] = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Ranks, several with commas. [default: 1,2]", show_default=False)
+    ] = None,
     context: Start = None,
     kv: Kv = None,
     tokens: Tokens = None,

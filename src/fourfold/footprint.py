@@ -49,9 +49,7 @@ def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
 
 def slice_bytes(format: WeightFormat, outputs: Cut, inputs: Cut) -> list[int]:
     """What each rank holds, and reads in a step, of a weight that is cut so."""
-    return [
-        _core.slice_bytes(format, list(n), list(k)) for n, k in zip(outputs.ranges, inputs.ranges, strict=True)
-    ]
+    return [_core.slice_bytes(format, list(n), list(k)) for n, k in zip(outputs.ranges, inputs.ranges, strict=True)]
 
 
 def _room(n_bytes: int) -> int:

@@ -26,8 +26,8 @@ from fourfold.plan.times import Clock
 from fourfold.plan.work import count_work
 from fourfold.progress import bar
 
-# A repetition in which others took more than so many cores' worth of time, or around which the memory's speed changed by
-# more than this part, is made again.
+# A repetition in which others took more than so many cores' worth of time, or around which the memory's speed changed
+# by more than this part, is made again.
 UNDISTURBED = 0.1
 PATIENCE = 4  # so many times the repetitions asked for are tried
 
@@ -55,7 +55,7 @@ def plan(
     for model in models:
         for n_ranks in counts:
             with loaded(model, format, None, n_ranks, context, kv, tokens, None) as run:
-                calibrations = _Calibrations(run.engine, {n: w.format for n, w in run.stored.weights.items()})
+                calibrations = Calibrations(run.engine, {n: w.format for n, w in run.stored.weights.items()})
                 measured = run.times(repeats, calibrations, run.feed_one_by_one) * 1e3 / tokens
                 planned = calibrations.decode_ms(context + tokens // 2)
                 rows.append(
@@ -67,7 +67,9 @@ def plan(
                         "read_gb_s": spread(calibrations.read_gb_s()),
                         "planned_ms": spread([row["total"] for row in planned]),
                         "measured_ms": spread(measured.tolist()),
-                        "ratio": spread([row["total"] / ms for row, ms in zip(planned, measured.tolist(), strict=True)]),
+                        "ratio": spread(
+                            [row["total"] / ms for row, ms in zip(planned, measured.tolist(), strict=True)]
+                        ),
                         "parts_ms": {name: median(row[name] for row in planned) for name in planned[0]},
                         "others": spread(calibrations.others),
                     }
@@ -75,7 +77,7 @@ def plan(
     return {"bench": "plan", "tokens": tokens, "context": context, "repeats": repeats, "rows": rows}
 
 
-class _Calibrations:
+class Calibrations:
     """Calibrations before and after each repetition that counts."""
 
     def __init__(self, engine: Engine, formats: dict[str, Any]) -> None:
@@ -88,8 +90,8 @@ class _Calibrations:
 
     def interleave(self, repeats: int, repetition: Callable[[], T]) -> list[T]:
         """The results of `repeats` repetitions, the least disturbed of at most PATIENCE times as many."""
-        machines, results = [self._calibration.measure()], []
-        others, disturbed = [], []
+        machines, results = [self._calibration.measure()], list[T]()
+        others, disturbed = list[float](), list[float]()
         with bar("planning and measuring", unit="repetitions") as report:
             while (n_calm := sum(d <= UNDISTURBED for d in disturbed)) < repeats and len(results) < PATIENCE * repeats:
                 report(n_calm, repeats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,9 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     """Prints what the benchmarks returned: medians, and in brackets the spread of the repetitions."""
     if result["bench"] == "plan":
         console.print(_plan(result))
-        console.print("Others: cores' worth of time that other processes took meanwhile.", highlight=False)
+        console.print(
+            "MB: read a token. Ratio: planned / measured. Others: cores that other processes took.", highlight=False
+        )
         return
     console.print(_title(result), style="bold", highlight=False)
     console.print({"linear": _linear, "decode": _decode, "prefill": _prefill}[result["bench"]](result))
@@ -74,11 +77,11 @@ def _prefill(result: Mapping[str, Any]) -> Table:
 def _plan(result: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("model")
-    for name in ("ranks", "MB a token", "read GB/s", "planned ms", "measured ms", "planned / measured", "others"):
+    for name in ("ranks", "MB", "read GB/s", "planned ms", "measured ms", "ratio", "others"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         table.add_row(
-            row["model"],
+            Path(row["model"]).name,
             str(row["ranks"]),
             f"{row['bytes_per_token'] / 1e6:.1f}",
             f"{row['read_gb_s']['median']:.1f}",

@@ -20,7 +20,7 @@ from fourfold.models import weight_specs
 from fourfold.plan.calibrate import Calibration
 from fourfold.plan.machines import PlannedMachine, load_machine
 from fourfold.plan.times import Clock, Decode
-from fourfold.plan.work import Work, count_work
+from fourfold.plan.work import Work, count_work, write_program
 from fourfold.program import cut_heads
 
 PROMPT_TOKENS = 512
@@ -182,15 +182,13 @@ class _Question:
         nodes = []
         for number, node in enumerate(self.machine.nodes):
             ranks = [r for r, rank in enumerate(on) if rank.node == number]
-            row = {
-                "node": number,
-                "ranks": ranks,
+            taken = {
                 "weights": sum(need.room[r] for r in ranks),
                 "kv": sum(need.kv_page[r] * pages for r in ranks),
                 "buffers": sum(need.work[r] for r in ranks),
             }
-            row["total"] = row["weights"] + row["kv"] + row["buffers"]
-            nodes.append(row | {"memory": int(node.memory_gb * 1e9)})
+            total = {"total": sum(taken.values()), "memory": int(node.memory_gb * 1e9)}
+            nodes.append({"node": number, "ranks": ranks, **taken, **total})
         longest = self._longest(on, work)
         return {
             "nodes": nodes,
@@ -221,14 +219,14 @@ class _Question:
         return low
 
     def _rank_counts(self, asked: int) -> list[int]:
-        """The ranks to compare: one to all nodes, two to a node, and those asked for; as far as the model can be cut."""
+        """Ranks to compare: up to one for each node, two for each, those asked for; where the model can be cut so."""
         nodes, cores = len(self.machine.nodes), sum(node.cores for node in self.machine.nodes)
         wanted = sorted({1, 2, *range(1, min(nodes, 4) + 1), nodes, 2 * nodes, asked})
         return [n for n in wanted if (n <= cores or n == asked) and n <= MAX_RANKS and self._can_cut(n)]
 
     def _can_cut(self, n_ranks: int) -> bool:
         try:
-            self._work([RankPlan(0, [0])] * n_ranks)
+            write_program(self.subject.config, n_ranks)
         except UnsupportedError:
             return False
         return True
@@ -258,7 +256,9 @@ class _Question:
         if memory["longest_context"]:
             yield f"It would with a context of {memory['longest_context']} or less."
         for format in SMALLER_FIRST:
-            if format != self.subject.format and self._fits(on, self._work(on, self.subject.in_format(format)), self.context):
+            if format != self.subject.format and self._fits(
+                on, self._work(on, self.subject.in_format(format)), self.context
+            ):
                 yield f"It would in {format}."
         for n in self._rank_counts(len(on)):
             placed = self.machine.place(n)
@@ -269,12 +269,12 @@ class _Question:
     def _notes(self, on: Sequence[RankPlan]) -> Iterable[str]:
         attained = self.machine.attained
         if attained.format != self.subject.format:
-            yield f"The kernels' shares were given for {attained.format}; {self.subject.format} is assumed to have the same."
+            yield f"The kernels' shares are of {attained.format}; {self.subject.format} is assumed to have the same."
         if attained.kv_format != self.kv:
-            yield f"Attention's shares were given for a cache in {attained.kv_format}; {self.kv} is assumed to have the same."
+            yield f"Attention's shares are of {attained.kv_format}; {self.kv} is assumed to have the same."
         cpus = [cpu for rank in on for cpu in rank.cpus]
         if len(set(cpus)) < len(cpus):
-            yield f"{len(on)} ranks take turns on {len(set(cpus))} cores: the times are of work, and waiting comes on top."
+            yield f"{len(on)} ranks take turns on {len(set(cpus))} cores: waiting for a turn comes on top."
 
 
 def _placed(config: ModelConfig, natural: int | None, asked: int | None) -> int:

@@ -27,7 +27,7 @@ from fourfold.plan.probes import Attention, Bench, Probe, chain, gates, idle, no
 from fourfold.program import cut_heads
 
 # (outputs of a rank, inputs): large slices fill huge pages, small ones do not; wide and narrow ones of each.
-LARGE, SMALL = ((4096, 4096), (8192, 2048), (16384, 1024)), ((256, 4096), (1536, 576), (192, 576))
+LARGE, SMALL = ((4096, 4096), (8192, 2048), (16384, 1024)), ((256, 4096), (1536, 576), (768, 512), (192, 576))
 CHAIN_BYTES = 100_000_000  # of a chain, or more where the caches are large
 TIMES_CACHE = 3  # so many last-level caches' worth: nothing is found there again
 READ_BYTES, TRIALS = 200_000_000, 2
@@ -67,8 +67,8 @@ class Calibration:
         needed = (len(LARGE) + len(SMALL) + 2) * chain_bytes + READ_BYTES
         if needed > machine.available_bytes:
             raise ResourceError(
-                f"measuring this machine takes {needed / 1e9:.1f} GB and {machine.available_bytes / 1e9:.1f} GB are free: "
-                "free some memory, or plan with --machine FILE"
+                f"measuring this machine takes {needed / 1e9:.1f} GB and {machine.available_bytes / 1e9:.1f} GB are "
+                "free: free some memory, or plan with --machine FILE"
             )
         self._slow: dict[str, float] = {}
         self._bench = Bench.of(plan, choose_isa(), format, kv)
@@ -160,14 +160,14 @@ class Calibration:
         """`us` by probe; the limits in bytes and FLOP a microsecond."""
         # Vectors: op_us + elements · element_ns.
         rows = np.array([[1.0, elements / 1e3] for elements, _ in self._vectors])
-        op_us, element_ns = _non_negative_fit(rows, np.array([us[key] for key in self._vectors]))
+        op_us, element_ns = non_negative_fit(rows, np.array([us[key] for key in self._vectors]))
         # Linears: linear_us + panels · panel_us + reading / share, of large and of small slices.
         reading = [max(c.bytes / read, c.bytes / self._bench.n_ranks * c.busiest / core) for c in self._chains]
         rows = np.array(
             [[1.0, c.panels, r * c.is_large, r * (not c.is_large)] for c, r in zip(self._chains, reading, strict=True)]
         )
         measured = np.array([us[i] for i in range(len(self._chains))])
-        linear_us, panel_us, large, small = _non_negative_fit(rows, measured)
+        linear_us, panel_us, large, small = non_negative_fit(rows, measured)
         cached_us = us["cached"] - linear_us - panel_us * self._cached.panels
         cached_bytes = self._cached.bytes / self._bench.n_ranks * self._cached.busiest
         # Attention.
@@ -232,7 +232,7 @@ def _last_level_bytes(machine: Machine) -> int:
     return sum(cache.bytes * len(cache.sharers) for cache in machine.caches if cache.level == level)
 
 
-def _non_negative_fit(rows: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
+def non_negative_fit(rows: NDArray[np.float64], values: NDArray[np.float64]) -> list[float]:
     """Non-negative x that makes the relative errors of rows @ x to values least in square: of every set of columns that
     may be left out, the best."""
     scaled, ones = rows / values[:, None], np.ones(len(values))

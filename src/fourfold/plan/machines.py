@@ -1,4 +1,4 @@
-"""A machine as planning sees it: a few numbers, from a measurement or from a TOML file (docs/planning.md lists them)."""
+"""A machine as planning sees it: a few numbers, measured or from a TOML file (docs/planning.md lists them)."""
 
 from __future__ import annotations
 
@@ -168,11 +168,15 @@ def _attained(entry: Fields) -> Attained:
     names = {"format": FORMATS, "kv_format": KV_FORMATS}
     for key, known in names.items():
         if entry.text(key) not in known:
-            raise CheckpointError(f"{entry.where} sets {key} to {entry.text(key)!r}; it must be one of {', '.join(known)}")
+            raise CheckpointError(
+                f"{entry.where} sets {key} to {entry.text(key)!r}; it must be one of {', '.join(known)}"
+            )
     numbers = {field.name: entry.real(field.name) for field in fields(Attained) if field.name not in names}
     for key in ("weights", "small_weights", "kv", "prefill", "attention"):
         if numbers[key] > MAX_SHARE:
-            raise CheckpointError(f"{entry.where} sets {key} to {numbers[key]:g}; a share must be at most {MAX_SHARE:g}")
+            raise CheckpointError(
+                f"{entry.where} sets {key} to {numbers[key]:g}; a share must be at most {MAX_SHARE:g}"
+            )
     attained = Attained(entry.text("format"), entry.text("kv_format"), **numbers)
     entry.finish()
     return attained

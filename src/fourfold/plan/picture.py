@@ -41,7 +41,7 @@ def draw(answer: Mapping[str, Any], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "fourfold",  # the same picture, the same bytes
         "font.family": "sans-serif",
@@ -98,13 +98,13 @@ def _curves(axes: Axes, answer: Mapping[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     axes.tick_params(axis="x", labelrotation=30)
-    axes.set_ylim(0, 1.1 * highest or 1)
+    axes.set_ylim(0, 1.35 * highest or 1)
     axes.grid(visible=True, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_title("A token takes longer as the text grows")
     axes.set_xlabel("context (tokens of the text so far, logarithmic)")
     axes.set_ylabel("time of one token (ms)")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", ncols=3)
 
 
 def _parts(axes: Axes, answer: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
@@ -104,8 +104,8 @@ class Probe:
         return perf_counter() - start
 
     def us_per_op(self, repeats: int) -> float:
-        """Microseconds, the whole step divided by the ops that it is for; the median of so many steps."""
-        return median(self.step() for _ in range(repeats)) * 1e6 / self._n_ops
+        """Microseconds, the whole step divided by the ops that it is for; the mean of so many steps, as of tokens."""
+        return mean(self.step() for _ in range(repeats)) * 1e6 / self._n_ops
 
 
 def idle(bench: Bench) -> Probe:
@@ -155,7 +155,9 @@ def gates(bench: Bench, width: int, n_ops: int) -> Probe:
 class Attention:
     """Layers of attention alone, with their cache filled: one token that sees many, and many that see each other."""
 
-    def __init__(self, bench: Bench, heads: HeadCut, head_dim: int, n_layers: int, n_positions: int, tokens: int) -> None:
+    def __init__(
+        self, bench: Bench, heads: HeadCut, head_dim: int, n_layers: int, n_positions: int, tokens: int
+    ) -> None:
         """n_positions and tokens are multiples of FILL_TEXTS · PAGE."""
         n_pages = n_positions // PAGE
         program = bench.program(max_tokens=tokens, head_dim=head_dim, n_pages=n_pages, n_slots=FILL_TEXTS)

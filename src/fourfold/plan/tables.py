@@ -27,8 +27,9 @@ def render(answer: Mapping[str, Any], console: Console) -> None:
     """Prints what `plan` returned."""
     ranks = answer["ranks"]
     title = (
-        f"{answer['model']} ({answer['parameters'] / 1e9:.2f} B parameters) in {answer['format']}, KV in {answer['kv']}, "
-        f"on {answer['machine']['name']}: {ranks} rank{'s' if ranks > 1 else ''}, {answer['threads']} threads"
+        f"{answer['model']} ({answer['parameters'] / 1e9:.2f} B parameters) in {answer['format']}, "
+        f"KV in {answer['kv']}, on {answer['machine']['name']}: {ranks} rank{'s' if ranks > 1 else ''}, "
+        f"{answer['threads']} threads"
     )
     console.print(title, style="bold", highlight=False)
     console.print(answer["machine"]["about"], highlight=False, markup=False)

@@ -68,15 +68,14 @@ class Clock:
         a, work = self._a, self._work
         cached = self._cached_share(position)
         reading = overhead = 0.0
-        for op in work.linears:
-            times = [self._linear_us(op, rank, cached) for rank in self._ranks]
-            slowest = max(times, key=sum)
-            reading, overhead = reading + slowest[0], overhead + slowest[1]
+        for op, count in work.linears.items():
+            slowest = max((self._linear_us(op, rank, cached) for rank in self._ranks), key=sum)
+            reading, overhead = reading + count * slowest[0], overhead + count * slowest[1]
         reduction = 0.0
-        for vector in work.vectors:
-            us = self._vector_us(vector, 1)
+        for vector, count in work.vectors.items():
+            us = count * self._vector_us(vector, 1)
             if vector.is_reduce and len(self._ranks) > 1:
-                reduction += us + self._meeting_us(1)
+                reduction += us + count * self._meeting_us(1)
             else:
                 overhead += us
         kv_us, heads_us = self._attention_us(position, cached)
@@ -156,7 +155,7 @@ class Clock:
         """(matrices, attention, reduction, overhead)"""
         a, work = self._a, self._work
         matrices = overhead = reduction = 0.0
-        for op in work.linears:
+        for op, count in work.linears.items():
             m = 1 if op.of_outputs else rows
             times = []
             for rank in self._ranks:
@@ -164,16 +163,21 @@ class Clock:
                 reading, rest = self._linear_us(op, rank, 0.0)
                 times.append((max(reading, flop / (self._thread_flop_us(rank) * a.prefill)), rest))
             slowest = max(times, key=sum)
-            matrices, overhead = matrices + slowest[0], overhead + slowest[1]
-        for vector in work.vectors:
-            us = self._vector_us(vector, rows)
+            matrices, overhead = matrices + count * slowest[0], overhead + count * slowest[1]
+        for vector, count in work.vectors.items():
+            us = count * self._vector_us(vector, rows)
             if vector.is_reduce and len(self._ranks) > 1:
-                reduction += us + self._meeting_us(rows)
+                reduction += us + count * self._meeting_us(rows)
             else:
                 overhead += us
         seen = sum(range(start + 1, start + rows + 1))
         attention = max(
-            4.0 * work.heads[rank] * work.head_dim * seen / self._threads[rank] / (self._thread_flop_us(rank) * a.attention)
+            4.0
+            * work.heads[rank]
+            * work.head_dim
+            * seen
+            / self._threads[rank]
+            / (self._thread_flop_us(rank) * a.attention)
             for rank in self._ranks
         )
         overhead += a.step_us + 2 * work.n_layers * a.op_us

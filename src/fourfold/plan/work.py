@@ -1,12 +1,14 @@
 """What one step must do, counted on the program that the engine would run: bytes, panels, elements, heads, FLOP.
 
-Nothing here knows how long anything takes. Every list has one entry a rank.
+Nothing here knows how long anything takes. Every tuple has one entry a rank.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fourfold import models
 from fourfold.config import KVFormat, ModelConfig, WeightFormat
@@ -24,7 +26,6 @@ class LinearWork:
     small: tuple[int, ...]  # bytes in other slices
     panels: tuple[int, ...]  # of 16 outputs, dealt over a rank's threads
     weights: tuple[int, ...]  # elements
-    is_partial: bool  # sums over a part of the inputs: all ranks meet at its end
     of_outputs: bool  # multiplies the step's output rows alone: the head
 
 
@@ -42,18 +43,26 @@ class Work:
     """A whole step."""
 
     footprint: Footprint
-    linears: tuple[LinearWork, ...]
-    vectors: tuple[VectorWork, ...]
+    linears: Mapping[LinearWork, int]  # how many there are of each: layers are alike
+    vectors: Mapping[VectorWork, int]
     n_layers: int
     dim: int
     head_dim: int
     heads: tuple[int, ...]  # query heads
     kv_layer_bytes: tuple[float, ...]  # KV cache of a position in one layer
 
-    @property
+    @cached_property
     def read_bytes(self) -> tuple[int, ...]:
         """Of weights, that one token reads."""
-        return tuple(map(sum, zip(*(map(sum, zip(op.large, op.small, strict=True)) for op in self.linears), strict=True)))
+        ranks = range(len(self.heads))
+        return tuple(sum(count * (op.large[r] + op.small[r]) for op, count in self.linears.items()) for r in ranks)
+
+
+def write_program(config: ModelConfig, n_ranks: int) -> ProgramBuilder:
+    """The program that the engine would run. Raises UnsupportedError where the model cannot be cut so."""
+    builder = ProgramBuilder(config, n_ranks)
+    models.architecture(config.model_type).describe(config, builder)
+    return builder
 
 
 def count_work(
@@ -65,13 +74,16 @@ def count_work(
     threads: Sequence[int],
 ) -> Work:
     """The step of a model cut over len(threads) ranks. Raises UnsupportedError where it cannot be cut so."""
-    builder = ProgramBuilder(config, len(threads))
-    models.architecture(config.model_type).describe(config, builder)
+    builder = write_program(config, len(threads))
     need = footprint(builder, formats, kv=kv, context=context, max_tokens=MAX_STEP_TOKENS, threads=threads)
+    linears: Counter[LinearWork] = Counter()
+    for matrices, count in Counter(_matrices(op, formats) for op in builder.ops if op.kind == "linear").items():
+        linears[_linear(*matrices)] += count  # different matrices may be the same work
+    vectors = (op for op in builder.ops if op.kind not in ("linear", "cache", "attend"))
     return Work(
         footprint=need,
-        linears=tuple(_linear(op, formats) for op in builder.ops if op.kind == "linear"),
-        vectors=tuple(_vector(op, builder.n_ranks) for op in builder.ops if op.kind not in ("linear", "cache", "attend")),
+        linears=linears,
+        vectors=Counter(_vector(op, builder.n_ranks) for op in vectors),
         n_layers=config.n_layers,
         dim=config.dim,
         head_dim=config.head_dim,
@@ -80,16 +92,23 @@ def count_work(
     )
 
 
-def _linear(op: Op, formats: Mapping[str, WeightFormat]) -> LinearWork:
-    held = [slice_bytes(formats[name], outputs, inputs) for name, outputs, inputs in op.weights]
+_Matrices = tuple[tuple[WeightFormat, Cut, Cut], ...]  # format, outputs, inputs
+
+
+def _matrices(op: Op, formats: Mapping[str, WeightFormat]) -> tuple[_Matrices, bool]:
+    """What makes a linear like another, and whether it multiplies output rows alone."""
+    return tuple((formats[name], outputs, inputs) for name, outputs, inputs in op.weights), op.reads[0].of_outputs
+
+
+def _linear(matrices: _Matrices, of_outputs: bool) -> LinearWork:
+    held = [slice_bytes(*matrix) for matrix in matrices]
     ranks = range(len(held[0]))
     return LinearWork(
         large=tuple(sum(part[r] for part in held if part[r] >= HUGE_PAGE) for r in ranks),
         small=tuple(sum(part[r] for part in held if part[r] < HUGE_PAGE) for r in ranks),
-        panels=tuple(sum(_panels(outputs, r) for _, outputs, _ in op.weights) for r in ranks),
-        weights=tuple(sum(n.widths[r] * k.widths[r] for _, n, k in op.weights) for r in ranks),
-        is_partial=any(write.is_partial for write in op.writes),
-        of_outputs=op.reads[0].of_outputs,
+        panels=tuple(sum(_panels(outputs, r) for _, outputs, _ in matrices) for r in ranks),
+        weights=tuple(sum(n.widths[r] * k.widths[r] for _, n, k in matrices) for r in ranks),
+        of_outputs=of_outputs,
     )
 
 

@@ -272,6 +272,12 @@ class _Question:
             yield f"The kernels' shares are of {attained.format}; {self.subject.format} is assumed to have the same."
         if attained.kv_format != self.kv:
             yield f"Attention's shares are of {attained.kv_format}; {self.kv} is assumed to have the same."
+        queries = self.subject.config.n_heads / self.subject.config.n_kv_heads
+        if attained.queries_per_kv != queries:
+            yield (
+                f"Attention's share is of {attained.queries_per_kv:g} query heads to a KV head, and this model has "
+                f"{queries:g}: more of them read the cache more slowly."
+            )
         cpus = [cpu for rank in on for cpu in rank.cpus]
         if len(set(cpus)) < len(cpus):
             yield f"{len(on)} ranks take turns on {len(set(cpus))} cores: waiting for a turn comes on top."

@@ -22,7 +22,7 @@ from fourfold.errors import ResourceError, RuntimeFailure
 from fourfold.footprint import HUGE_PAGE, PAGE, kv_page_bytes
 from fourfold.format import TILE_N, stored_bytes
 from fourfold.machine import Machine, RankPlan, choose_isa
-from fourfold.plan.machines import Attained, NodeRates, PlannedMachine
+from fourfold.plan.machines import MAX_SHARE, Attained, NodeRates, PlannedMachine
 from fourfold.plan.probes import Attention, Bench, Probe, chain, gates, idle, norms
 from fourfold.program import cut_heads
 
@@ -102,6 +102,7 @@ class Calibration:
         kv_heads = [width // config.head_dim for width in heads.kv.widths]
         layer = sum(kv_heads) * kv_page_bytes(bench.kv, config.head_dim) * KV_POSITIONS // PAGE
         self._kv_layer_bytes = layer * (KV_POSITIONS - 1) / KV_POSITIONS
+        self._queries_per_kv = config.n_heads / config.n_kv_heads
         self._query_heads = [width // config.head_dim for width in heads.q.widths]
         n_layers = max(1, round(n_bytes / layer))
         self._attention = Attention(bench, heads, config.head_dim, n_layers, KV_POSITIONS, MAX_STEP_TOKENS)
@@ -172,17 +173,17 @@ class Calibration:
         cached_bytes = self._cached.bytes / self._bench.n_ranks * self._cached.busiest
         # Attention.
         layer_us = max(us["last"] - us["first"], 1e-3)
-        busiest = max(-(-heads // len(rank.cpus)) for heads, rank in zip(self._query_heads, self._plan, strict=True))
-        part = max(
-            -(-heads // len(rank.cpus)) / heads for heads, rank in zip(self._query_heads, self._plan, strict=True)
-        )
+        dealt = [(-(-n // len(rank.cpus)), n) for n, rank in zip(self._query_heads, self._plan, strict=True)]
+        busiest = max(most for most, _ in dealt)
+        part = max(most / heads for most, heads in dealt)
         kv_reading = max(self._kv_layer_bytes / read, self._kv_layer_bytes / self._bench.n_ranks * part / core)
         return Attained(
             format=self._bench.format,
             kv_format=self._bench.kv,
-            weights=1 / max(large, 0.5),
-            small_weights=1 / max(small, 0.5),
-            kv=min(kv_reading / layer_us, 2.0),
+            weights=1 / max(large, 1 / MAX_SHARE),
+            small_weights=1 / max(small, 1 / MAX_SHARE),
+            kv=min(kv_reading / layer_us, MAX_SHARE),
+            queries_per_kv=self._queries_per_kv,
             cached_core_gb_s=cached_bytes / max(cached_us, 0.1 * us["cached"]) / 1e3,
             prefill=self._prompt_flop / us["prompt"] / peak,
             attention=self._prompt_attention_flop / us["prompt attention"] / peak,

@@ -48,6 +48,7 @@ class Attained:
     weights: float  # of the read bandwidth, one token, slices of whole huge pages
     small_weights: float  # the same, slices too small for huge pages
     kv: float  # of the read bandwidth, attention of one token
+    queries_per_kv: float  # query heads to a KV head, that `kv` was measured with
     cached_core_gb_s: float  # a core, one token, weights in the last-level cache
     prefill: float  # of the peak, matrices with many tokens
     attention: float  # of the peak, attention of many tokens

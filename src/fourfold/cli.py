@@ -7,22 +7,47 @@ A mistake of the user ends with status 2, any other failure with 1, both with on
 from __future__ import annotations
 
 import errno
-import importlib
-import json as json_format
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from fourfold import cli_bench
+from fourfold.cli_options import (
+    MODEL,
+    Context,
+    Format,
+    Ids,
+    IgnoreEos,
+    Json,
+    Kv,
+    MaxTokens,
+    MinP,
+    Model,
+    Penalty,
+    Prompt,
+    Ranks,
+    Raw,
+    RopeAngles,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Template,
+    Threads,
+    TopK,
+    TopP,
+    Trace,
+    Weights,
+    show,
+)
 from fourfold.errors import FourfoldError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-MODEL = "smollm2"  # the bundled real model
+    pass
 
 app = typer.Typer(
     help="100-billion-parameter language models on an ordinary multi-socket CPU server.",
@@ -30,41 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure this machine, as fractions of its own limits.")
-app.add_typer(bench, name="bench")
-
-Model = Annotated[str, typer.Argument(help="A fourfold, Hugging Face or Megatron directory, a GGUF file, or smollm2.")]
-Format = Annotated[str | None, typer.Option(help="nf4 (default), int4, fp4, int8, bf16 or f32.", show_default=False)]
-Ranks = Annotated[int | None, typer.Option(help="Slices of the model; one to a NUMA node by default.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of all ranks together; one to a core by default.")]
-Context = Annotated[int | None, typer.Option(help="Positions to make room for; the model's own by default.")]
-Kv = Annotated[str | None, typer.Option(help="Cache of keys and values: bf16 (default), int8 or f32.")]
-RopeAngles = Annotated[str | None, typer.Option(help="f32 or bf16, as the model was trained.")]
-Weights = Annotated[str | None, typer.Option(help="auto (default), memory, or disk: read anew for every token.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
-Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="What to ask; else stdin.", show_default=False)]
-Ids = Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,15043,29892.", show_default=False)]
-System = Annotated[str | None, typer.Option(help="The system message.")]
-Template = Annotated[str | None, typer.Option("--chat-template", help="In place of the model's: yuan-n, yuan-newline.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many. [default: 512]", show_default=False)]
-Temperature = Annotated[float | None, typer.Option(help="0 (default): always the likeliest token.")]
-TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest that have this probability together.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Choose among those at least this fraction as likely as the likeliest.")
-]
-Penalty = Annotated[float | None, typer.Option(help="Above 1: tokens that were there become less likely.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")]
-Trace = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a trace of every thread for Perfetto, and show a table.")
-]
-Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
-Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
-Start = Annotated[int | None, typer.Option("--context", help="Random tokens that go before. [default: 0]")]
+app.add_typer(cli_bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -166,7 +157,7 @@ def quantize(
         check_text(opened)
         lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
         files = sorted(opened.tokenizer_files)
-    _show({"path": str(destination), "tokenizer_files": files, **lost.to_dict()}, json, render_quality)
+    show({"path": str(destination), "tokenizer_files": files, **lost.to_dict()}, json, render_quality)
 
 
 @app.command()
@@ -184,7 +175,7 @@ def synth(
     from fourfold import cli_synth
     from fourfold.cli_render import render_facts
 
-    _show(cli_synth.synth(options), json, render_facts)
+    show(cli_synth.synth(options), json, render_facts)
 
 
 @app.command()
@@ -193,7 +184,7 @@ def inspect(model: Model = MODEL, format: Format = None, json: Json = False) -> 
     from fourfold.checkpoint import fourfold_dir
     from fourfold.cli_render import render_inspection
 
-    _show(fourfold_dir.inspect(_directory(model, format)), json, render_inspection)
+    show(fourfold_dir.inspect(_directory(model, format)), json, render_inspection)
 
 
 @app.command()
@@ -206,7 +197,7 @@ def verify(model: Model = MODEL, format: Format = None, json: Json = False) -> N
     path = _directory(model, format)
     with bar(f"verifying {path.name}") as report:
         n_bytes = fourfold_dir.verify(path, report)
-    _show({"path": str(path), "intact": True, "bytes": n_bytes}, json, render_facts)
+    show({"path": str(path), "intact": True, "bytes": n_bytes}, json, render_facts)
 
 
 @app.command()
@@ -216,7 +207,37 @@ def doctor(
     """This machine: kernels, AMX, nodes, limits, measured bandwidth and peak, and what will be used."""
     from fourfold import doctor as machine_doctor
 
-    _show(machine_doctor.report(quick=quick), json, machine_doctor.render)
+    show(machine_doctor.report(quick=quick), json, machine_doctor.render)
+
+
+@app.command(name="plan")
+def plan_model(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model, a Hugging Face config.json, or a shape such as yuan2-102b; no weights needed.",
+        ),
+    ],
+    machine: Annotated[
+        str | None, typer.Option(help="A described machine (nf8260g7, or a TOML file); else this one, measured.")
+    ] = None,
+    ranks: Ranks = None,
+    context: Context = None,
+    kv: Kv = None,
+    format: Format = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompt. [default: 512]", show_default=False)
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the machine, as measured, in a TOML file.")] = None,
+    json: Json = False,
+) -> None:
+    """What a model takes and gives on a machine: bytes of each node, ms a token, what bounds it."""
+    options = dict(locals())
+    from fourfold import cli_plan, plan
+
+    show(cli_plan.plan(options), json, plan.render)
 
 
 @app.command(name="eval")
@@ -241,113 +262,7 @@ def evaluate(
     from fourfold import cli_evaluate
     from fourfold.cli_render import render_facts
 
-    _show(cli_evaluate.evaluate(options), json, render_facts)
-
-
-@bench.command(name="linear")
-def bench_linear(
-    format: Format = None,
-    threads: Threads = None,
-    ranks: Ranks = None,
-    k: Annotated[int | None, typer.Option(help="Inputs.")] = None,
-    n: Annotated[int | None, typer.Option(help="Outputs.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens at once, several with commas: 1,4,16.")] = None,
-    gigabytes: Annotated[float | None, typer.Option(help="Weights to rotate over.")] = None,
-    repeats: Repeats = None,
-    isa: Isa = None,
-    kernel: Annotated[str | None, typer.Option(help="Force a linear kernel by its name.")] = None,
-    json: Json = False,
-) -> None:
-    """One matrix: GB/s against the read bandwidth, FLOP/s against the peak."""
-    _bench("linear", locals())
-
-
-@bench.command(name="decode")
-def bench_decode(
-    model: Model = MODEL,
-    format: Format = None,
-    threads: Threads = None,
-    ranks: Ranks = None,
-    context: Start = None,
-    kv: Kv = None,
-    weights: Weights = None,
-    tokens: Tokens = None,
-    repeats: Repeats = None,
-    isa: Isa = None,
-    json: Json = False,
-) -> None:
-    """A model, token by token: ms a token and GB/s against the read bandwidth."""
-    _bench("decode", locals())
-
-
-@bench.command(name="prefill")
-def bench_prefill(
-    model: Model = MODEL,
-    format: Format = None,
-    threads: Threads = None,
-    ranks: Ranks = None,
-    context: Start = None,
-    kv: Kv = None,
-    weights: Weights = None,
-    tokens: Tokens = None,
-    repeats: Repeats = None,
-    isa: Isa = None,
-    json: Json = False,
-) -> None:
-    """A model over a whole prompt: tokens/s and FLOP/s against the peak."""
-    _bench("prefill", locals())
-
-
-@bench.command(name="reduce")
-def bench_reduce(
-    ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,
-    threads: Annotated[int | None, typer.Option(help="Of all ranks together; one a rank by default.")] = None,
-    kb: Annotated[int | None, typer.Option(help="Of each rank's sums. [default: 16]", show_default=False)] = None,
-    repeats: Repeats = None,
-    json: Json = False,
-) -> None:
-    """The sums of all ranks: latency against that of the hand-over from core to core."""
-    _bench("reduce", locals())
-
-
-@bench.command(name="load")
-def bench_load(
-    model: Model = MODEL,
-    format: Format = None,
-    threads: Threads = None,
-    ranks: Ranks = None,
-    repeats: Repeats = None,
-    json: Json = False,
-) -> None:
-    """A model from the page cache into memory: GB/s against the copy bandwidth, peak memory against the weights."""
-    _bench("load", locals())
-
-
-@bench.command(name="quantize")
-def bench_quantize(
-    format: Format = None,
-    threads: Threads = None,
-    gigabytes: Annotated[float | None, typer.Option(help="Of the bfloat16 checkpoint that is made for it.")] = None,
-    directory: Annotated[str | None, typer.Option(help="Where it is made, and taken away again.")] = None,
-    repeats: Repeats = None,
-    json: Json = False,
-) -> None:
-    """A conversion from a warm checkpoint to the disk: GB/s of source against the packer's and the disk's."""
-    _bench("quantize", locals())
-
-
-@bench.callback(invoke_without_command=True)
-def bench_top(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-def _bench(kind: str, options: Mapping[str, Any]) -> None:
-    measurements = importlib.import_module("fourfold.bench")
-    options = dict(options)
-    json = options.pop("json")
-    result = getattr(measurements, kind)(**{name: value for name, value in options.items() if value is not None})
-    _show(result, json, measurements.render)
+    show(cli_evaluate.evaluate(options), json, render_facts)
 
 
 def _directory(model: str, format: str | None) -> Path:
@@ -357,16 +272,6 @@ def _directory(model: str, format: str | None) -> Path:
 
     with bar(f"converting {model}") as report:
         return fourfold_directory(model, format, report=report, check=check_text)
-
-
-def _show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
-    """A result on stdout: as JSON, or for people."""
-    if json:
-        print(json_format.dumps(result, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    render(dict(result), Console())
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -66,7 +66,7 @@ class Engine:
         self.config: ModelConfig = stored.config
         self.format = stored.format
         self.kv = cast(KVFormat, kv or ("f32" if stored.format == "f32" else "bf16"))
-        self.context = _context(self.config, context)
+        self.context = usable_context(self.config, context)
         self.isa = choose_isa()
         machine = read_machine()
         _check_kernel(kernel, machine.isas[: machine.isas.index(self.isa) + 1], stored)
@@ -380,7 +380,8 @@ class _Assembly:
         self._program.add_select(self._buffer(op, 0), self._buffer(op, 0, write=True))
 
 
-def _context(config: ModelConfig, asked: int | None) -> int:
+def usable_context(config: ModelConfig, asked: int | None) -> int:
+    """Positions to make room for. Raises UserError where the model was not trained for as many as are asked."""
     if asked is None:
         return min(config.max_context, DEFAULT_CONTEXT)
     if not 1 <= asked <= config.max_context:

@@ -10,11 +10,11 @@ from pathlib import Path
 import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
 from fourfold.format import panel_bytes
-from fourfold.program import TILE_K, TILE_N, ProgramBuilder, assign_buffers
+from fourfold.program import TILE_K, TILE_N, Cut, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
-SMALL_PAGE = 4096
+SMALL_PAGE, HUGE_PAGE = 4096, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,18 @@ class Footprint:
     looked_up: frozenset[str]  # weights that are read by rows alone: an embedding that is no head
     on_disk: tuple[int, ...]  # what a rank takes besides where weights are not in memory: scales, a panel a thread
 
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Bytes of memory that all weights take, rank by rank."""
+        return tuple(map(sum, zip(*self.slices.values(), strict=True)))
+
     def kv(self, n_positions: int) -> int:
         """KV cache of one text, in whole pages, on all ranks."""
         return sum(self.kv_page) * -(-n_positions // PAGE)
 
     def rank(self, n_positions: int) -> tuple[int, ...]:
         """Each rank's bytes where one text has so many positions."""
-        rooms = zip(*self.slices.values(), strict=True)
-        return tuple(sum(r) + rest for r, rest in zip(rooms, self.besides_weights(n_positions), strict=True))
+        return tuple(r + rest for r, rest in zip(self.room, self.besides_weights(n_positions), strict=True))
 
     def besides_weights(self, n_positions: int) -> tuple[int, ...]:
         """The same without any weight."""
@@ -46,6 +50,11 @@ class Footprint:
     def total(self, n_positions: int) -> int:
         """All bytes where one text has so many positions."""
         return sum(self.rank(n_positions)) + self.rope
+
+
+def slice_bytes(format: WeightFormat, outputs: Cut, inputs: Cut) -> list[int]:
+    """What each rank holds, and reads in a step, of a weight that is cut so."""
+    return [_core.slice_bytes(format, list(n), list(k)) for n, k in zip(outputs.ranges, inputs.ranges, strict=True)]
 
 
 def _room(n_bytes: int) -> int:
@@ -77,11 +86,8 @@ def footprint(
     page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
     widest = max(inputs.size for _, inputs in cuts.values())
     packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
-    for rank in range(builder.n_ranks):
-        slices = [
-            _core.slice_bytes(formats[name], list(n.ranges[rank]), list(k.ranges[rank]))
-            for name, (n, k) in cuts.items()
-        ]
+    held = [slice_bytes(formats[name], *cut) for name, cut in cuts.items()]  # (weights, ranks)
+    for rank, slices in enumerate(zip(*held, strict=True)):
         weights.append(sum(slices))
         rooms.append([_room(n_bytes) for n_bytes in slices])
         n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())

@@ -54,7 +54,7 @@ def linear(
     Raises UserError for what cannot be asked, ResourceError where memory is short, and RuntimeFailure, giving no
     figures, where the product is wrong.
     """
-    counts = _token_counts(tokens)
+    counts = whole_numbers("tokens", tokens)
     check_counts(k=k, n=n, repeats=repeats, ranks=ranks, threads=threads, tokens=min(counts))
     if not gigabytes > 0:
         raise UserError(f"gigabytes must be more than 0, not {gigabytes}")
@@ -244,15 +244,15 @@ class _Truth:
             )
 
 
-def _token_counts(tokens: str | int | Sequence[int]) -> list[int]:
+def whole_numbers(name: str, numbers: str | int | Sequence[int]) -> list[int]:
     """ "1,4,16" or [1, 4, 16] as it stands, without what is there twice. Raises UserError for anything else."""
-    parts = tokens.split(",") if isinstance(tokens, str) else [tokens] if isinstance(tokens, int) else tokens
+    parts = numbers.split(",") if isinstance(numbers, str) else [numbers] if isinstance(numbers, int) else numbers
     try:
         counts = list(dict.fromkeys(int(part) for part in parts))
     except ValueError:
         counts = []
     if not counts:
-        raise UserError(f"tokens must be whole numbers with commas between them, such as 1,4,16, not {tokens!r}")
+        raise UserError(f"{name} must be whole numbers with commas between them, such as 1,4,16, not {numbers!r}")
     return counts
 
 

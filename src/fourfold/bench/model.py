@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ def decode(
 ) -> dict[str, Any]:
     """Time a token, `tokens` of them one after another from position `context` on, and the bytes each must read."""
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with _loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, read=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_one_by_one) / tokens
         n_bytes = np.mean([run.engine.bytes_per_token(context + i) for i in range(tokens)])
@@ -73,7 +73,7 @@ def prefill(
 ) -> dict[str, Any]:
     """Time of a prompt of `tokens` after `context` others, and the multiplications it must do."""
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with _loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, peak=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_at_once)
         matrix_flop = _matrix_flop(run.stored, tokens)
@@ -97,7 +97,13 @@ def prefill(
         }
 
 
-class _Run:
+class Interleaving(Protocol):
+    """Something that is measured between repetitions."""
+
+    def interleave(self, repeats: int, repetition: Callable[[], float]) -> list[float]: ...
+
+
+class Run:
     """A loaded model with `start` random tokens in its cache, and the ids to feed after them."""
 
     def __init__(self, engine: Engine, stored: FourfoldDirectory, name: str, start: int, n_tokens: int) -> None:
@@ -120,7 +126,7 @@ class _Run:
             logits = self.engine.extend(self._sequence, [i])
         return logits
 
-    def times(self, repeats: int, limits: Limits, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float64]:
+    def times(self, repeats: int, limits: Interleaving, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float64]:
         """Seconds of each repetition, all from the same position; (repeats). One more goes before, uncounted.
 
         Raises RuntimeFailure where logits are not numbers, or not the same bits every time.
@@ -170,7 +176,7 @@ class _Run:
 
 
 @contextmanager
-def _loaded(
+def loaded(
     model: str,
     format: str | None,
     threads: int | None,
@@ -180,7 +186,8 @@ def _loaded(
     weights: Weights,
     n_tokens: int,
     isa: str | None,
-) -> Iterator[_Run]:
+) -> Iterator[Run]:
+    """A model for measuring, `start` tokens in its cache and room for n_tokens more; closed at the end."""
     if start < 0:
         raise UserError(f"context must be at least 0, not {start}")
     if kv is not None and kv not in KV_FORMATS:
@@ -201,7 +208,7 @@ def _loaded(
         )
     if engine.slowness:
         warn(engine.slowness)
-    run = _Run(engine, open_directory(directory), model, start, n_tokens)
+    run = Run(engine, open_directory(directory), model, start, n_tokens)
     try:
         yield run
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,13 @@ from rich.table import Table
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what a benchmark returned: medians, and in brackets the spread of the repetitions."""
+    """Prints what the benchmarks returned: medians, and in brackets the spread of the repetitions."""
+    if result["bench"] == "plan":
+        console.print(_plan(result))
+        console.print(
+            "MB: read a token. Ratio: planned / measured. Others: cores that other processes took.", highlight=False
+        )
+        return
     console.print(_title(result), style="bold", highlight=False)
     console.print(_TABLES[result["bench"]](result))
     for line in [*_limits(result["limits"]), *_kernels(result), *result["notes"]]:
@@ -116,6 +123,25 @@ _TABLES = {
     "quantize": _quantize,
     "reduce": _reduce,
 }
+
+
+def _plan(result: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("model")
+    for name in ("ranks", "MB", "read GB/s", "planned ms", "measured ms", "ratio", "others"):
+        table.add_column(name, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            Path(row["model"]).name,
+            str(row["ranks"]),
+            f"{row['bytes_per_token'] / 1e6:.1f}",
+            f"{row['read_gb_s']['median']:.1f}",
+            f"{row['planned_ms']['median']:.2f}",
+            f"{row['measured_ms']['median']:.2f}",
+            _range(row["ratio"], 2),
+            f"{row['others']['median']:.2f}",
+        )
+    return table
 
 
 def _facts(*rows: tuple[str, str]) -> Table:

@@ -170,7 +170,7 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
     const size_t attend_chunk_;                     // positions
     std::vector<NodeMemory> partials_;              // per rank: of attention that threads share
-    std::vector<std::vector<Timeline>> timelines_;  // the same
+    std::vector<std::vector<Timeline>> timelines_;  // per rank and thread
     bool recording_ = false;
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;

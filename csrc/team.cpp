@@ -24,18 +24,30 @@ struct Worker::State {
     std::vector<std::vector<Flag>> arrived;  // (rank, thread)
     std::vector<Flag> released, rank_arrived;
 
-    alignas(64) std::atomic<uint32_t> generation{0};  // of jobs; workers sleep on it
-    alignas(64) std::atomic<uint32_t> finished{0};    // the last generation that ended; the caller sleeps on it
+    alignas(64) std::atomic<uint32_t> generation{0};  // of jobs; threads spin on it, then sleep
+    alignas(64) std::atomic<uint32_t> finished{0};    // the last generation that ended; the caller spins, then sleeps
     alignas(64) std::atomic<size_t> n_done{0};
-    std::atomic<bool> broken{false}, closing{false};
+    alignas(64) std::atomic<size_t> n_asleep{0};  // threads that only notify_all wakes
+    std::atomic<bool> broken{false}, closing{false}, has_stalls{false};
     size_t n_workers = 0;
     int spins = 0;
     std::chrono::duration<double> timeout{};
+    Team::Job job;     // written by the caller alone, while no thread runs one
     std::mutex turn;   // held by the caller of run
     std::mutex mutex;  // guards the rest
-    Team::Job job;
     std::exception_ptr error;
     std::map<std::pair<size_t, size_t>, double> stalls;
+
+    // This worker's part of the job.
+    void work(Worker& worker) {
+        try {
+            if (has_stalls) nap(worker.rank, worker.thread);
+            worker.timeline = nullptr;
+            if (!broken) job(worker);
+        } catch (...) {
+            fail(std::current_exception());
+        }
+    }
 
     // For tests: sleeps as stall_next asked.
     void nap(size_t rank, size_t thread) {
@@ -48,6 +60,20 @@ struct Worker::State {
         std::this_thread::sleep_for(seconds);
     }
 
+    // Returns once value is not old any more: spins first, asleep afterwards.
+    void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
+        for (int i = 0; i < spins; ++i) {
+            if (value.load(std::memory_order_acquire) != old) return;
+            _mm_pause();
+        }
+        ++n_asleep;
+        while (value == old) value.wait(old);
+        --n_asleep;
+    }
+    void wake(std::atomic<uint32_t>& value) {
+        if (n_asleep > 0) value.notify_all();
+    }
+
     void fail(std::exception_ptr e) {
         {
             std::lock_guard lock(mutex);
@@ -55,7 +81,7 @@ struct Worker::State {
         }
         broken = true;
         finished = generation.load();
-        finished.notify_all();
+        wake(finished);
     }
 
     // Waits until flag >= target. `who` names the thread awaited if the wait is one that should report it.
@@ -148,11 +174,12 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
     s.timeout = std::chrono::duration<double>(timeout_seconds);
     std::sort(used.begin(), used.end());
     const bool shared_cpus = std::adjacent_find(used.begin(), used.end()) != used.end();
-    s.spins = shared_cpus ? 0 : 20000;  // about 0.3 ms: longer than any wait in a step but the stragglers'
+    s.spins = shared_cpus ? 0 : 20000;  // about 0.4 ms: longer than most waits in a step, and than sampling takes
 
+    caller_.reset(new Worker(s, 0, 0, plan_.size(), plan_[0].cpus.size()));
     try {
         for (size_t r = 0; r < plan_.size(); ++r)
-            for (size_t t = 0; t < plan_[r].cpus.size(); ++t)
+            for (size_t t = r == 0; t < plan_[r].cpus.size(); ++t)
                 threads_.emplace_back(serve, state_, r, t, plan_.size(), plan_[r].cpus.size(), plan_[r].cpus[t]);
     } catch (...) {
         close();
@@ -160,34 +187,50 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
     }
 }
 
-// A thread's life: sleep, take the job, run it, say so.
-void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks, size_t n_threads,
-                 int cpu) {
+namespace {
+
+cpu_set_t only(int cpu) {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(cpu, &set);
+    return set;
+}
+
+// The calling thread as a worker: on its CPU and with the arithmetic that new threads have, until this goes.
+class Enlisted {
+  public:
+    explicit Enlisted(int cpu) : arithmetic_(_mm_getcsr()) {
+        _mm_setcsr(0x1F80);  // round to nearest, keep denormals, mask exceptions
+        const cpu_set_t set = only(cpu);
+        is_known_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0 && !CPU_EQUAL(&before_, &set);
+        if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort, as for threads
+    }
+    ~Enlisted() {
+        if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+        _mm_setcsr(arithmetic_);
+    }
+
+  private:
+    cpu_set_t before_;
+    bool is_known_;
+    unsigned arithmetic_;
+};
+
+}  // namespace
+
+// A thread's life: wait for a job, run it, say so.
+void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks, size_t n_threads,
+                 int cpu) {
+    const cpu_set_t set = only(cpu);
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
     Worker worker(*state, rank, thread, n_ranks, n_threads);
     for (uint32_t seen = 0; !state->broken; ++seen) {
-        // No spinning here: the caller needs one of these CPUs to get to its next step.
-        state->generation.wait(seen, std::memory_order_acquire);
+        state->sleep_while(state->generation, seen);
         if (state->closing) return;
-        state->nap(rank, thread);
-        Job job;
-        try {
-            std::unique_lock lock(state->mutex);
-            if (!state->broken) job = state->job;
-            lock.unlock();
-            worker.timeline = nullptr;
-            if (job) job(worker);
-        } catch (...) {
-            state->fail(std::current_exception());
-        }
-        // After a failure the caller may be gone, and with it what the job holds: then it is left alone.
-        state->broken ? static_cast<void>(new Job(std::move(job))) : static_cast<void>(job = nullptr);
+        state->work(worker);
         if (state->n_done.fetch_add(1) + 1 == state->n_workers) {
             state->finished = state->generation.load();
-            state->finished.notify_all();
+            state->wake(state->finished);
         }
     }
 }
@@ -206,22 +249,28 @@ void Team::run(Job job) {
     Worker::State& s = *state_;
     const std::lock_guard turn(s.turn);
     if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");
-    {
-        std::lock_guard lock(s.mutex);
-        s.job = std::move(job);
-    }
+    s.job = std::move(job);
     s.n_done = 0;
     const uint32_t generation = s.generation.fetch_add(1) + 1;
-    s.generation.notify_all();
-    for (uint32_t done; (done = s.finished.load()) != generation;) s.finished.wait(done);
-    std::lock_guard lock(s.mutex);
+    s.wake(s.generation);
+    {
+        const Enlisted here(plan_[0].cpus[0]);
+        s.work(*caller_);
+        if (s.n_done.fetch_add(1) + 1 == s.n_workers) s.finished = generation;
+        for (uint32_t done; (done = s.finished.load()) != generation;) s.sleep_while(s.finished, done);
+    }
+    if (s.broken) {  // a thread may still run the job: it, and what it holds, are left alone for good
+        new std::shared_ptr<Worker::State>(state_);
+        const std::lock_guard lock(s.mutex);
+        std::rethrow_exception(s.error);
+    }
     s.job = nullptr;
-    if (s.error) std::rethrow_exception(s.error);
 }
 
 void Team::stall_next(size_t rank, size_t thread, double seconds) {
     std::lock_guard lock(state_->mutex);
     state_->stalls[{rank, thread}] = seconds;
+    state_->has_stalls = true;
 }
 
 }  // namespace fourfold

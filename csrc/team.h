@@ -3,9 +3,10 @@
 //   rank     one tensor-parallel slice: threads on the cores of one NUMA node (or virtual: any cores)
 //   barrier  all threads of a rank;  barrier_all: all threads of all ranks
 //
-// Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in StallError, and
-// the team is broken from then on. Inside a job threads spin for a moment before they yield; between jobs they sleep:
-// an idle team uses no CPU.
+// The caller of a job is the first thread of the first rank while it runs, on that thread's CPU; the other threads are
+// the team's own. Every wait inside a job is bounded: a thread that does not arrive in time is named, the job ends in
+// StallError, and the team is broken from then on. Threads spin for a moment before they yield, inside a job, or sleep,
+// between jobs: an idle team uses no CPU.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -75,7 +76,9 @@ class Team {
     Team& operator=(const Team&) = delete;
 
     // Every thread of every rank runs the job once; returns when all have. Rethrows the first exception of a job; after
-    // any failure the team is broken and every later call throws StallError. Callers take turns.
+    // any failure the team is broken and every later call throws StallError. Callers take turns. The calling thread
+    // works too: until the call returns it is pinned to the first CPU of the plan, and a stall of its own is found by
+    // the others but returned only once it goes on.
     void run(Job job);
 
     const std::vector<RankPlan>& plan() const { return plan_; }
@@ -89,7 +92,8 @@ class Team {
     void close();
     std::vector<RankPlan> plan_;
     std::shared_ptr<Worker::State> state_;
-    std::vector<std::thread> threads_;
+    std::unique_ptr<Worker> caller_;
+    std::vector<std::thread> threads_;  // all workers but the caller
 };
 
 }  // namespace fourfold

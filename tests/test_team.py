@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,14 +33,15 @@ def chain(team: Any) -> Chain:
 
 @pytest.mark.parametrize(("n_ranks", "n_threads"), [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_a_thread_that_stalls_is_named_and_the_team_gives_up(n_ranks: int, n_threads: int) -> None:
-    for rank, thread in ((0, 0), (n_ranks - 1, n_threads - 1)):
+    # The first thread of all is the caller, who is told when it goes on; by then the others know.
+    for rank, thread, seconds, told_after in ((0, 0, 1.8, 3), (n_ranks - 1, n_threads - 1, 3, 2.5)):
         work = chain(team := make_team(n_ranks, n_threads, timeout=0.5))
         work.step()
-        team.stall_next(rank, thread, 3)
+        team.stall_next(rank, thread, seconds)
         start = time.monotonic()
         with pytest.raises(_core.StallError, match=f"^rank {rank}, thread {thread} did not arrive within .* s; the st"):
             work.step()
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < told_after
         start = time.monotonic()
         for _ in range(3):
             with pytest.raises(_core.StallError, match="the team is broken by an earlier failure; load the model"):
@@ -109,9 +113,46 @@ def test_every_thread_is_pinned_to_its_cpu_and_ends_with_its_team(n_ranks: int, 
     work = chain(make_team(n_ranks, n_threads))
     work.step()
     ours = [allowed for thread, allowed in allowed_cpus().items() if thread not in before]
-    assert sorted(ours) == sorted(str(cpus[i % len(cpus)]) for i in range(n_ranks * n_threads))
+    # The first of all is the caller.
+    assert sorted(ours) == sorted(str(cpus[i % len(cpus)]) for i in range(1, n_ranks * n_threads))
     del work
     assert eventually(lambda: set(allowed_cpus()) <= set(before))
+
+
+def test_the_caller_works_on_the_first_cpu_and_is_free_again_afterwards() -> None:
+    cpus = sorted(cpu for node in _core.read_machine().usable_cpus() for cpu in node)
+    work = chain(team := make_team(1, 2))
+    work.step()
+    caller: list[str] = []
+
+    def step() -> None:
+        caller.append(str(threading.get_native_id()))
+        work.step()
+        caller.append(allowed_cpus()[caller[0]])
+
+    before = allowed_cpus()
+    team.stall_next(0, 1, 0.5)  # the caller waits for it at a barrier
+    (thread := threading.Thread(target=step)).start()
+    assert eventually(lambda: allowed_cpus().get(caller[0] if caller else "") == str(cpus[0]))
+    thread.join()
+    assert caller[1] == before[str(threading.get_native_id())]
+
+
+def test_the_caller_computes_as_every_thread_does() -> None:
+    """Whatever its own mode of rounding, which it has again afterwards."""
+    library = ctypes.CDLL(ctypes.util.find_library("m"))
+    fegetround, fesetround = library.fegetround, library.fesetround
+    work = chain(make_team(1, 1))
+    expected = work.step()
+    upward = 0x800
+    assert fesetround(upward) == 0
+    try:
+        result = work.step()
+        mode = fegetround()
+    finally:
+        fesetround(0)
+    assert mode == upward
+    assert (result == expected).all()
 
 
 @pytest.mark.parametrize(("ranks", "message"), [([], "1 to 64 ranks"), ([(-1, [])], "at least one CPU")])

@@ -57,11 +57,19 @@ class Limits:
 
     def fractions_of_read(self, rates: Sequence[float]) -> dict[str, float]:
         """Spread of each repetition's bytes/s over the read bandwidth around it."""
-        return _fractions(rates, self._read)
+        return _fractions(rates, self.read_around())
 
     def fractions_of_peak(self, rates: Sequence[float]) -> dict[str, float]:
         """Spread of each repetition's FLOP/s over the peak around it."""
-        return _fractions(rates, self._peak)
+        return _fractions(rates, self.peak_around())
+
+    def read_around(self) -> list[float]:
+        """The read bandwidth (bytes/s) around each repetition: the mean of that before it and that after."""
+        return _means(self._read)
+
+    def peak_around(self) -> list[float]:
+        """The peak (FLOP/s) around each repetition."""
+        return _means(self._peak)
 
     def describe(self) -> dict[str, Any]:
         """What was measured, JSON-ready."""
@@ -124,9 +132,12 @@ def uses_amx(kernels: Sequence[str]) -> bool:
     return any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels)
 
 
+def _means(values: Sequence[float]) -> list[float]:
+    return [(before + after) / 2 for before, after in pairwise(values)]
+
+
 def _fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
-    around = [(before + after) / 2 for before, after in pairwise(limits)]
-    return spread([rate / limit for rate, limit in zip(rates, around, strict=True)])
+    return spread([rate / limit for rate, limit in zip(rates, limits, strict=True)])
 
 
 def _last_level_bytes(machine: Machine, cpus: Sequence[int]) -> int:

@@ -25,7 +25,7 @@ def python_of(environment: Environment | None, cache: Path) -> Path:
         return Path(sys.executable)
     folder = _folder(environment, cache)
     if _recipe_of(folder) != _recipe(environment):
-        raise NotInstalled("not installed: run `python benchmarks/compare.py --install`")
+        raise NotInstalled("not installed: run `python benchmarks/compare.py --setup`")
     return folder / "bin" / "python"
 
 

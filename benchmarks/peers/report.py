@@ -101,7 +101,7 @@ def _ahead(results: Results) -> Iterator[str]:
 def _missing(results: Results) -> Iterator[str]:
     for key, reason in results.failures.items():
         work, peer = key.split("/")
-        yield f"- Not measured: {results.peers[peer]} at {results.works[work]['title']}: {reason}"
+        yield f"- {results.peers[peer]} failed at {results.works[work]['title']}: {reason}"
     if results.failures:
         yield ""
 

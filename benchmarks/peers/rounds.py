@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -78,14 +78,16 @@ class _Contest:
         key = f"{self._work.name}/{peer.name}"
         try:
             worker = start()
-            facts = worker.ask({"load": dict(self._work.subject)}, LOAD_SECONDS).get("facts")
-            if not (isinstance(facts, dict) and {n: type(facts.get(n)) for n in FACTS} == FACTS and facts["bytes"] > 0):
-                raise PeerFailed(f"it says of itself {facts!r}, and should say {', '.join(FACTS)}")
         except (PeerFailed, NotInstalled) as failure:
             self._results.failures[key] = str(failure)
             return
+        try:
+            self._results.facts[key] = _facts(worker.ask({"load": dict(self._work.subject)}, LOAD_SECONDS))
+        except PeerFailed as failure:
+            self._results.failures[key] = str(failure)
+            worker.close()  # its memory is the next one's
+            return
         self._ready[peer.name] = worker
-        self._results.facts[key] = facts
         self._results.failures.pop(key, None)
 
     def round(self, number: int) -> None:
@@ -115,6 +117,16 @@ class _Contest:
             self._results.failures[f"{self._work.name}/{name}"] = str(failure)
             self._ready.pop(name).close()
         return done
+
+
+def _facts(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """What a worker says of itself. Raises PeerFailed where that is not what the report needs."""
+    facts = reply.get("facts")
+    if not (
+        isinstance(facts, dict) and {name: type(facts.get(name)) for name in FACTS} == FACTS and facts["bytes"] > 0
+    ):
+        raise PeerFailed(f"it says of itself {facts!r}, and should say {', '.join(FACTS)}")
+    return facts
 
 
 def _start(peer: Peer, work: Work, command: Command, logs: Path, stack: ExitStack) -> Worker:

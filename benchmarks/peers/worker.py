@@ -37,7 +37,7 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, start_new_session=True, bufsize=0,
                 env={**os.environ, **(variables or {})},
             )  # fmt: skip
-        self._read = b""
+        self._read, self._closed = b"", False
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """The reply. Raises PeerFailed, and the worker is of no use afterwards, where none comes within `seconds`."""
@@ -60,7 +60,10 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        """Ends the process and what it started."""
+        """Ends the process and what it started; a second time does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._signal(signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

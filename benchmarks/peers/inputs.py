@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
-from fourfold.bench.model import matrix_flop
+from fourfold.bench.model import prompt_flop
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import ModelConfig
 from fourfold.locate import fourfold_directory, source_path
@@ -33,7 +33,7 @@ def smollm2() -> Work:
     tokenizer = Tokenizer.from_directory(directory)
     known = {"ids": tokenizer.encode(QUESTION), "next": tokenizer.encode(ANSWER)[0]}
     subject = {"known": known, **_subject(gguf, directory, "Q4_1")}
-    flop = matrix_flop(open_directory(directory), PROMPT)
+    flop = prompt_flop(open_directory(directory), PROMPT)
     return model("smollm2", "SmolLM2-135M", subject, decode=32, flop=flop, memory_bytes=2 * 10**9)
 
 
@@ -48,7 +48,7 @@ def llama_3b(cache: Path) -> Work:
     if not gguf.exists():
         _write_gguf(config, gguf)
     subject = {"shape": _transformers_shape(config), **_subject(gguf, directory, "Q4_0")}
-    flop = matrix_flop(open_directory(directory), PROMPT)
+    flop = prompt_flop(open_directory(directory), PROMPT)
     return model("llama-3b", "Llama of 2.9 B", subject, decode=8, flop=flop, memory_bytes=6 * 10**9)
 
 

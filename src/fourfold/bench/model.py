@@ -72,7 +72,7 @@ def prefill(
     with _loaded(model, format, threads, ranks, context, kv, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, peak=True)
         seconds = run.times(repeats, limits, run.feed_at_once)
-        matrix_flop = matrix_flop(run.stored, tokens)
+        matrix_flop = prompt_flop(run.stored, tokens)
         steps = [min(tokens - fed, MAX_STEP_TOKENS) for fed in range(0, tokens, MAX_STEP_TOKENS)]
         rates = (matrix_flop / seconds).tolist()
         return {
@@ -176,7 +176,7 @@ def _loaded(
         engine.close()
 
 
-def matrix_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
+def prompt_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
     """Two for each weight and row: every token is a row, but for the head, which sees the last token alone."""
     sizes = {name: float(np.prod(weight.shape)) for name, weight in stored.weights.items()}
     embed = sizes.pop("embed")  # looked up, not multiplied with

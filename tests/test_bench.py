@@ -93,13 +93,13 @@ def test_linear_gives_each_figure_with_its_limit(run: Run) -> None:
 
 def test_linear_takes_every_copy_at_any_number_of_tokens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[int, set[int]] = {1: set(), 512: set()}
-    program = matrix._Copies.program
+    program = matrix.Copies.program
 
-    def record(copies: matrix._Copies, m: int, first: int, count: int) -> Any:
+    def record(copies: matrix.Copies, m: int, first: int, count: int) -> Any:
         taken[m] |= {i % len(copies.weights) for i in range(first, first + count)}
         return program(copies, m, first, count)
 
-    monkeypatch.setattr(matrix._Copies, "program", record)
+    monkeypatch.setattr(matrix.Copies, "program", record)
     result = run("linear", "--k", "256", "--n", "256", "--gigabytes", "0.003", "--repeats", "1", "--tokens", "1,512")
     everything = set(range(result["copies"]))
     assert taken == {1: everything, 512: everything}

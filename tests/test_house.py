@@ -102,7 +102,7 @@ def test_importing_fourfold_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for folder in ("src", "csrc", "tests") for p in sorted((ROOT / folder).rglob("*.*"))
+    [p for folder in ("src", "csrc", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.*"))
      if p.suffix in (".py", ".cpp", ".h", ".inl")],
     ids=lambda path: str(path.relative_to(ROOT)),
 )  # fmt: skip

@@ -85,6 +85,14 @@ class Limits:
         """Spread of each repetition's bytes/s over the disk's around it."""
         return fractions(rates, self._disk)
 
+    def read_around(self) -> list[float]:
+        """The read bandwidth (bytes/s) around each repetition: the mean of that before it and that after."""
+        return _means(self._read)
+
+    def peak_around(self) -> list[float]:
+        """The peak (FLOP/s) around each repetition."""
+        return _means(self._peak)
+
     def describe(self) -> dict[str, Any]:
         """What was measured, JSON-ready."""
         facts: dict[str, Any] = {}
@@ -156,8 +164,11 @@ def uses_amx(kernels: Sequence[str]) -> bool:
 
 def fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
     """Spread of each repetition's rate over the mean of the limits measured before and after it."""
-    around = [(before + after) / 2 for before, after in pairwise(limits)]
-    return spread([rate / limit for rate, limit in zip(rates, around, strict=True)])
+    return spread([rate / limit for rate, limit in zip(rates, _means(limits), strict=True)])
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    return [(before + after) / 2 for before, after in pairwise(values)]
 
 
 def _last_level_bytes(machine: Machine, cpus: Sequence[int]) -> int:

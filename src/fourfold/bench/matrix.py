@@ -71,8 +71,8 @@ def linear(
             "use fewer --gigabytes or --tokens"
         )
     with forced_isa(isa):
-        copies = _Copies(chosen, n, k, n_copies, plan, choose_isa(), kernel or "")
-        runs = [_Run(copies, m, repeats * STEPS) for m in counts]
+        copies = Copies(chosen, n, k, n_copies, plan, choose_isa(), kernel or "")
+        runs = [Run(copies, m, repeats * STEPS) for m in counts]
 
     def repetition() -> list[float]:
         return [median(run.step() for _ in range(STEPS)) for run in runs]
@@ -100,7 +100,7 @@ def linear(
     }
 
 
-def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copies) -> dict[str, Any]:
+def _row(run: Run, seconds: NDArray[np.float64], limits: Limits, copies: Copies) -> dict[str, Any]:
     bytes_per_s, flop_per_s = copies.n_bytes / seconds, 2.0 * run.m * copies.n * copies.k / seconds
     return {
         "tokens": run.m,
@@ -113,7 +113,7 @@ def _row(run: _Run, seconds: NDArray[np.float64], limits: Limits, copies: _Copie
     }
 
 
-class _Copies:
+class Copies:
     """One random matrix (N, K), packed once and loaded into many weights."""
 
     def __init__(
@@ -162,10 +162,10 @@ class _Copies:
         return program
 
 
-class _Run:
+class Run:
     """Timed steps for M tokens, each over the next copies."""
 
-    def __init__(self, copies: _Copies, m: int, n_steps: int) -> None:
+    def __init__(self, copies: Copies, m: int, n_steps: int) -> None:
         self._copies, self.m = copies, m
         n_copies = len(copies.weights)
         n_programs = 1 if m <= TOKENS_OVER_ALL else min(n_steps, MAX_PROGRAMS, n_copies)

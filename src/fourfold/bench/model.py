@@ -76,7 +76,7 @@ def prefill(
     with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
         limits = Limits(read_machine(), run.engine.plan, peak=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_at_once)
-        matrix_flop = _matrix_flop(run.stored, tokens)
+        matrix_flop = prompt_flop(run.stored, tokens)
         steps = [min(tokens - fed, MAX_STEP_TOKENS) for fed in range(0, tokens, MAX_STEP_TOKENS)]
         rates = (matrix_flop / seconds).tolist()
         return {
@@ -215,7 +215,7 @@ def loaded(
         engine.close()
 
 
-def _matrix_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
+def prompt_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
     """Two for each weight and row: every token is a row, but for the head, which sees the last token alone."""
     sizes = {name: float(np.prod(weight.shape)) for name, weight in stored.weights.items()}
     embed = sizes.pop("embed")  # looked up, not multiplied with

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import fake_source
 import fourfold.engine
-from fourfold import bench, cli
+from fourfold import bench, cli, doctor
 from fourfold.checkpoint import Source
 from fourfold.config import FORMATS
 from fourfold.engine import Engine
@@ -340,6 +340,19 @@ def test_run_warns_and_says_what_the_disk_gave(
     assert 0 < disk["bytes_per_step"] <= disk["weight_bytes"] <= facts["weight_bytes"]
     assert disk["of_measured"] == pytest.approx(disk["gb_s"] / disk["measured_gb_s"])
     assert facts["resident_bytes"] > 10_000_000
+
+
+def test_doctor_reads_the_largest_kept_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(doctor, "MIN_DISK_BYTES", 1_000_000)
+    assert doctor._disk() is None
+    for name, n_bytes in (("small", 2_000_000), ("large", 3_000_000), ("other", 1000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(n_bytes))
+    found = doctor._disk()
+    assert found is not None
+    assert found["file"] == str(tmp_path / "large" / "model.safetensors")
+    assert found["gb_s"] > 0
 
 
 def test_bench_measures_the_disk_around_each_repetition(nf4: Path) -> None:

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
+#include <deque>
 #include <mutex>
 
 #include "memory.h"
@@ -74,6 +75,14 @@ class ReadFile {
     struct stat opened_{};
 };
 
+// Bytes that a thread wants at once.
+struct Request {
+    uint64_t offset;
+    size_t bytes;
+    uint8_t* to;
+    bool done = false;
+};
+
 }  // namespace
 
 struct FileStream::State {
@@ -87,41 +96,89 @@ struct FileStream::State {
     size_t n_slots = 0, slot_bytes = 0, n_users = 0;
     NodeMemory ring;
     std::vector<std::atomic<size_t>> users_left;  // of each slot's piece
-    std::atomic<uint64_t> n_read{0}, n_bytes{0};  // pieces and bytes
+    std::atomic<uint64_t> n_read{0};              // pieces
+    std::atomic<uint64_t> n_bytes{0}, n_looked_up{0};
 
-    std::mutex mutex;  // guards the rest
-    std::condition_variable was_read, was_released;
-    uint64_t n_released = 0;  // pieces that every user has let go
+    std::mutex mutex;                              // guards the rest
+    std::condition_variable for_users, for_files;  // what users wait for; what the threads that read files wait for
+    uint64_t n_released = 0;                       // pieces that every user has let go
+    std::deque<std::shared_ptr<Request>> requests;
     bool closing = false;
+    size_t n_running = 0;  // threads that read
     std::string error;
 
     uint8_t* slot(uint64_t i) const { return ring.as() + i % n_slots * slot_bytes; }
 
-    void run() {
+    // A reading thread's life; `work` goes on while it returns true.
+    template <class F>
+    void run(F work) {
         try {
-            for (uint64_t i = 0; wait_for_room(i); ++i) read_piece(i);
+            while (work()) continue;
         } catch (const std::exception& e) {
             give_up(e.what());
         }
+        {
+            const std::lock_guard lock(mutex);
+            --n_running;
+        }
+        for_users.notify_all();
     }
 
     // False where the stream ends.
-    bool wait_for_room(uint64_t i) {
-        std::unique_lock lock(mutex);
-        was_released.wait(lock, [&] { return closing || i < n_released + n_slots; });
+    template <class Ready>
+    bool wait_for_work(std::unique_lock<std::mutex>& lock, Ready ready) {
+        for_files.wait(lock, [&] { return closing || ready(); });
         return !closing;
     }
 
-    void read_piece(uint64_t i) {
+    bool read_piece(uint64_t i) {
+        std::unique_lock lock(mutex);
+        if (!wait_for_work(lock, [&] { return i < n_released + n_slots; })) return false;
+        lock.unlock();
         const Piece& piece = pieces[i % pieces.size()];
         users_left[i % n_slots].store(n_users, std::memory_order_relaxed);
         walked.read(piece.offset, piece.bytes, slot(i), [&](size_t n) { n_bytes += n; });
         walked.drop(piece.offset - std::min(piece.offset, kFolioBytes), piece.offset + piece.bytes);
-        {
-            const std::lock_guard lock(mutex);
-            n_read.store(i + 1, std::memory_order_release);
+        lock.lock();
+        n_read.store(i + 1, std::memory_order_release);
+        lock.unlock();
+        for_users.notify_all();
+        return true;
+    }
+
+    bool answer_request() {
+        std::unique_lock lock(mutex);
+        if (!wait_for_work(lock, [&] { return !requests.empty(); })) return false;
+        const std::shared_ptr<Request> request = std::move(requests.front());
+        requests.pop_front();
+        lock.unlock();
+        looked_up.read(request->offset, request->bytes, request->to, [&](size_t n) { n_looked_up += n; });
+        lock.lock();
+        request->done = true;
+        lock.unlock();
+        for_users.notify_all();
+        return true;
+    }
+
+    // Waits for what a reading thread brings. Throws DiskError where it fails or brings nothing for too long.
+    template <class Ready>
+    void wait(std::unique_lock<std::mutex>& lock, Ready ready) {
+        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
+        const Seconds nap(0.1);
+        Seconds waited{};
+        for (uint64_t before = 0; !ready() && error.empty();) {
+            if (for_users.wait_for(lock, nap) == std::cv_status::no_timeout) continue;
+            const uint64_t now = n_bytes + n_looked_up;
+            waited = now == before ? waited + nap : Seconds{};
+            before = now;
+            if (waited < patience) continue;
+            char text[64];
+            std::snprintf(text, sizeof text, " gave nothing for %.3g s; check the disk", patience.count());
+            lock.unlock();
+            give_up("the disk of " + path + text);
+            lock.lock();
         }
-        was_read.notify_all();
+        if (!ready()) throw DiskError(error);
     }
 
     void give_up(const std::string& why) {
@@ -130,13 +187,16 @@ struct FileStream::State {
             if (error.empty()) error = why;
             closing = true;
         }
-        was_read.notify_all();
-        was_released.notify_all();
+        for_users.notify_all();
+        for_files.notify_all();
     }
 };
 
 FileStream::FileStream(const std::string& path, double patience_seconds)
-    : state_(std::make_shared<State>(path, patience_seconds)) {}
+    : state_(std::make_shared<State>(path, patience_seconds)) {
+    ++state_->n_running;
+    threads_.emplace_back([state = state_] { state->run([&] { return state->answer_request(); }); });
+}
 
 void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
     State& s = *state_;
@@ -146,40 +206,30 @@ void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
     s.n_slots = std::clamp<size_t>(kRingBytes / s.slot_bytes, 2, s.pieces.size() + 1);
     s.ring = NodeMemory(s.n_slots * s.slot_bytes, kAnyNode);
     s.users_left = std::vector<std::atomic<size_t>>(s.n_slots);
-    reader_ = std::thread([state = state_] { state->run(); });
+    {
+        const std::lock_guard lock(s.mutex);
+        ++s.n_running;
+    }
+    threads_.emplace_back(
+        [state = state_] { state->run([&, i = uint64_t{0}]() mutable { return state->read_piece(i++); }); });
 }
 
 FileStream::~FileStream() {
-    if (!reader_.joinable()) return;
-    bool failed;
-    {
-        const std::lock_guard lock(state_->mutex);
-        failed = !state_->error.empty();
-        state_->closing = true;
-    }
-    state_->was_released.notify_all();
-    failed ? reader_.detach() : reader_.join();  // after a failure it may hang in the kernel
+    std::unique_lock lock(state_->mutex);
+    state_->closing = true;
+    state_->for_files.notify_all();
+    // One may hang in the kernel: then it is left alone, and keeps what it holds.
+    const bool ended = state_->for_users.wait_for(lock, state_->patience, [&] { return state_->n_running == 0; });
+    lock.unlock();
+    for (std::thread& thread : threads_) ended ? thread.join() : thread.detach();
 }
 
 const uint8_t* FileStream::wait(uint64_t i) {
     State& s = *state_;
-    if (s.n_read.load(std::memory_order_acquire) <= i) {
+    const auto is_read = [&] { return s.n_read.load(std::memory_order_acquire) > i; };
+    if (!is_read()) {
         std::unique_lock lock(s.mutex);
-        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
-        const Seconds nap(0.1);
-        Seconds waited{};
-        for (uint64_t before = s.n_bytes; s.n_read.load(std::memory_order_acquire) <= i && s.error.empty();) {
-            if (s.was_read.wait_for(lock, nap) == std::cv_status::no_timeout) continue;
-            waited = s.n_bytes == before ? waited + nap : Seconds{};
-            before = s.n_bytes;
-            if (waited < s.patience) continue;
-            char text[64];
-            std::snprintf(text, sizeof text, " gave nothing for %.3g s; check the disk", s.patience.count());
-            lock.unlock();
-            s.give_up("the disk of " + s.path + text);
-            lock.lock();
-        }
-        if (s.n_read.load(std::memory_order_acquire) <= i) throw DiskError(s.error);
+        s.wait(lock, is_read);
     }
     return s.slot(i);
 }
@@ -191,11 +241,16 @@ void FileStream::release(uint64_t i) {
         const std::lock_guard lock(s.mutex);
         s.n_released = i + 1;
     }
-    s.was_released.notify_one();
+    s.for_files.notify_all();
 }
 
-void FileStream::read(uint64_t offset, size_t bytes, uint8_t* to) const {
-    state_->looked_up.read(offset, bytes, to, [](size_t) {});
+void FileStream::read(uint64_t offset, size_t bytes, uint8_t* to) {
+    State& s = *state_;
+    const auto request = std::make_shared<Request>(Request{offset, bytes, to});
+    std::unique_lock lock(s.mutex);
+    s.requests.push_back(request);
+    s.for_files.notify_all();
+    s.wait(lock, [&] { return request->done; });
 }
 
 uint64_t FileStream::bytes_read() const { return state_->n_bytes; }

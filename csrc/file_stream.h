@@ -1,10 +1,11 @@
 // Weights that do not fit in memory: pieces of a file that threads walk in order, round after round (a round is a
 // step), read ahead of them into a ring of slots.
 //
-// One thread reads, strictly in the walk's order: disks, and what lies between them and us, read ahead where reading is
-// sequential. It goes through the page cache with plain reads and drops what it has copied, so that the cache holds
-// nothing twice and the same pages serve again. Never through a mapping: a file that shrinks under a mapping ends the
-// process, under a read it is an error.
+// One thread reads them, strictly in the walk's order: disks, and what lies between them and us, read ahead where
+// reading is sequential; another looks up what is wanted out of order. No user ever waits in the kernel for a disk.
+// Reading goes through the page cache with plain reads and drops what it has copied, so that the cache holds nothing
+// twice and the same pages serve again. Never through a mapping: a file that shrinks under a mapping ends the process,
+// under a read it is an error.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -31,8 +32,8 @@ class FileStream {
         size_t bytes;
     };
 
-    // Opens the file for reading; nothing is read yet. Throws DiskError where it cannot be opened. A read that brings
-    // nothing for `patience_seconds` while a thread waits for it is given up.
+    // Opens the file; nothing is read yet. Throws DiskError where it cannot be opened. Where a thread waits and nothing
+    // is read for `patience_seconds`, the stream is given up.
     FileStream(const std::string& path, double patience_seconds);
     ~FileStream();
     FileStream(const FileStream&) = delete;
@@ -46,15 +47,15 @@ class FileStream {
     const uint8_t* wait(uint64_t i);
     void release(uint64_t i);
 
-    // Bytes of the file at once, for a few that no piece holds. Throws DiskError.
-    void read(uint64_t offset, size_t bytes, uint8_t* to) const;
+    // Waits for bytes of the file that no piece holds, a few. Throws DiskError; `to` may then still be written to.
+    void read(uint64_t offset, size_t bytes, uint8_t* to);
 
     uint64_t bytes_read() const;  // of pieces, since the start
 
   private:
     struct State;
-    std::shared_ptr<State> state_;  // the reader holds it too: one that never returns outlives the stream unharmed
-    std::thread reader_;
+    std::shared_ptr<State> state_;  // the threads hold it too: one that never returns outlives the stream unharmed
+    std::vector<std::thread> threads_;
 };
 
 // Bytes a second at which a disk gives [offset, offset + bytes) of a file in order, none of it cached before, none

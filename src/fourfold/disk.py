@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,15 @@ from fourfold.checkpoint.fourfold_dir import FourfoldDirectory
 from fourfold.residency import Residency, gb
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 1 << 30, 1.0  # what the disk's rate is measured over, at most
+
+
+def disk_rate(path: Path, offset: int = 0) -> float:
+    """Bytes/s of reading a file in order from there on, with nothing else to do, measured now.
+
+    The page cache forgets what is read. Raises _core.StallError where the disk gives nothing.
+    """
+    n_bytes = min(path.stat().st_size - offset, SAMPLE_BYTES)
+    return float(_core.measure_disk(str(path), offset, n_bytes, SAMPLE_SECONDS))
 
 
 class WeightDisk:
@@ -25,14 +35,13 @@ class WeightDisk:
         self._bytes_per_step = sum(weight.data_bytes for weight in read)
         self._offset = min((weight.data_offset for weight in read), default=0)
         with self._path.open("rb") as file:  # what was loaded is not needed twice
-            self._n_bytes = min(os.fstat(file.fileno()).st_size - self._offset, SAMPLE_BYTES)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._measured = self.measure()
         self._seconds, self._bytes = 0.0, 0
 
     def measure(self) -> float:
-        """Bytes/s of reading in order with nothing else to do, measured now."""
-        return float(_core.measure_disk(str(self._path), self._offset, self._n_bytes, SAMPLE_SECONDS))
+        """What the disk gives now, in bytes/s."""
+        return disk_rate(self._path, self._offset)
 
     @contextmanager
     def counted(self, program: Any) -> Iterator[None]:

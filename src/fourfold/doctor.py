@@ -10,8 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 import fourfold._core as _core
+from fourfold.checkpoint.fourfold_dir import WEIGHTS
+from fourfold.disk import disk_rate
 from fourfold.errors import RuntimeFailure
 from fourfold.machine import Machine, RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.quantize import cache_root
+
+MIN_DISK_BYTES = 50_000_000  # less is read too soon to say what a disk gives
 
 _KERNELS = {
     "scalar": "plain C++: the definition of correct, and slow",
@@ -58,9 +63,19 @@ def _measure(machine: Machine, ranks: list[RankPlan]) -> dict[str, Any]:
             "read_by_rank": [_core.measure_read_bandwidth(r.cpus, n_bytes // len(ranks)) for r in measured_apart],
             "copy": _core.measure_copy_bandwidth(cpus, n_bytes),
             "peaks": [_core.measure_peak(cpus, kind) for kind in _core.peak_kinds()],
+            "disk": _disk(),
         }
     except RuntimeError as error:  # a probe whose result was wrong
         raise RuntimeFailure(str(error)) from None
+
+
+def _disk() -> dict[str, Any] | None:
+    """The rate at which weights that do not fit in memory would be read; None where no conversion is kept to read."""
+    kept = [path for path in cache_root().glob(f"*/{WEIGHTS}") if path.stat().st_size >= MIN_DISK_BYTES]
+    if not kept:
+        return None
+    largest = max(kept, key=lambda path: path.stat().st_size)
+    return {"file": str(largest), "gb_s": disk_rate(largest) / 1e9}
 
 
 def _warnings(machine: Machine, isa: str) -> Iterable[str]:
@@ -180,6 +195,8 @@ def _measured_rows(measured: dict[str, Any] | None) -> _Rows:
         for number, rate in enumerate(measured["read_by_rank"])
     ]
     rows.append(("copy", f"{copy['best_gb_s']:.1f} GB/s (median {copy['median_gb_s']:.1f})"))
+    if disk := measured["disk"]:
+        rows.append(("disk, in order", f"{disk['gb_s']:.2f} GB/s ({disk['file']})"))
     for peak in measured["peaks"]:
         rows.append((f"peak {peak['kind']}", f"{peak['best_gflop_s'] / 1000:.2f} TFLOP/s"))
     return rows

@@ -96,6 +96,11 @@ def convert(
     return report
 
 
+def cache_root() -> Path:
+    """Where conversions are kept; it may not be there yet."""
+    return Path(os.environ.get("FOURFOLD_CACHE") or platformdirs.user_cache_dir("fourfold")).expanduser()
+
+
 def cached(
     source_path: str | Path,
     fmt: str,
@@ -111,7 +116,7 @@ def cached(
     where the conversion that was kept is damaged, naming the directory to delete.
     """
     fmt = checked_format(fmt)
-    root = Path(os.environ.get("FOURFOLD_CACHE") or platformdirs.user_cache_dir("fourfold")).expanduser()
+    root = cache_root()
     with open_source(source_path) as source:
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
         key = hashlib.sha256(made.encode()).hexdigest()[:16]

@@ -345,7 +345,7 @@ def test_an_environment_that_cannot_be_made_says_why(pip: Callable[[str], Path])
     environment = Environment("wrong", ("a-package",))
     with pytest.raises(install.NotInstalled, match=r"ERROR: no wheel \(see "):
         install.install(environment, cache)
-    with pytest.raises(install.NotInstalled, match="^not installed: ERROR: no wheel"):
+    with pytest.raises(install.NotInstalled, match=r"^not installed: ERROR: no wheel"):
         install.python_of(environment, cache)
     pip("mkdir -p venvs/wrong")
     install.install(environment, cache)
@@ -403,11 +403,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
 
 
 def test_two_comparisons_do_not_disturb_each_other(tmp_path: Path) -> None:
-    with (
-        compare._alone(tmp_path),
-        pytest.raises(UserError, match="another comparison is at work"),
-        compare._alone(tmp_path),
-    ):
+    with compare._alone(tmp_path), pytest.raises(UserError, match="another comparison"), compare._alone(tmp_path):
         pass
     with compare._alone(tmp_path):
         pass

@@ -57,9 +57,9 @@ def install(environment: Environment, cache: Path) -> None:
 
 
 def reason(log: Path) -> str:
-    """The line of a log that says most about why it ended: the last that names an error, else the last."""
+    """The line of a log that says most about why it ended: its last error, else the last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower()]
+    telling = [line for line in lines if "error:" in line.lower()]
     return (telling or lines or ["it ended without a word"])[-1][:SHOWN]
 
 
@@ -86,13 +86,6 @@ def _run(command: Sequence[str], variables: Mapping[str, str], log: TextIO, minu
         raise
     if status:
         raise NotInstalled(f"{reason(Path(log.name))} (see {log.name})")
-
-
-def reason(log: Path) -> str:
-    """The line of a log that says most about why it ended: the last that names an error, else the last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower()]
-    return (telling or lines or ["it ended without a word"])[-1][:SHOWN]
 
 
 def _folder(environment: Environment, cache: Path) -> Path:

@@ -93,7 +93,7 @@ def test_a_worker_answers_whatever_its_library_prints(contest: Callable[..., Res
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("dies", "it was ended by SIGSEGV: Error: out of luck"),
+        ("dies", "ended by SIGSEGV: Error: out of luck"),
         ("raises", "ValueError: not with me"),
         ("lies", "it says that a turn took -1.0 seconds"),
         ("cannot load", "MemoryError: too large"),
@@ -345,7 +345,7 @@ def test_an_environment_that_cannot_be_made_says_why(pip: Callable[[str], Path])
     environment = Environment("wrong", ("a-package",))
     with pytest.raises(install.NotInstalled, match=r"ERROR: no wheel \(see "):
         install.install(environment, cache)
-    with pytest.raises(install.NotInstalled, match=r"^not installed: ERROR: no wheel"):
+    with pytest.raises(install.NotInstalled, match=r"^not installed: ended with status 1: ERROR: no wheel"):
         install.python_of(environment, cache)
     pip("mkdir -p venvs/wrong")
     install.install(environment, cache)

@@ -63,6 +63,11 @@ def reason(log: Path) -> str:
     return (telling or lines or ["it ended without a word"])[-1][:SHOWN]
 
 
+def ended(status: int) -> str:
+    """How a process ended, from its status as subprocess gives it."""
+    return f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
 def _run(command: Sequence[str], variables: Mapping[str, str], log: TextIO, minutes: float) -> None:
     """Runs a command to its end. Raises NotInstalled where that is a bad one or does not come; nothing then runs on."""
     try:
@@ -82,10 +87,12 @@ def _run(command: Sequence[str], variables: Mapping[str, str], log: TextIO, minu
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if isinstance(end, subprocess.TimeoutExpired):
-            raise NotInstalled(f"installing took more than {minutes} minutes (see {log.name})") from None
+            raise NotInstalled(
+                f"installing took more than {minutes} minutes (see logs/{Path(log.name).name})"
+            ) from None
         raise
     if status:
-        raise NotInstalled(f"{reason(Path(log.name))} (see {log.name})")
+        raise NotInstalled(f"{ended(status)}: {reason(Path(log.name))} (see logs/{Path(log.name).name})")
 
 
 def _folder(environment: Environment, cache: Path) -> Path:

@@ -1,9 +1,9 @@
 """fourfold beside other software on this machine: the same work, as many threads, turn by turn.
 
-    python benchmarks/compare.py                              everything: set up, measure, report
-    python benchmarks/compare.py --setup                      peers and models only; takes half an hour once
-    python benchmarks/compare.py --work matrix --rounds 3     rounds added to the results: here of both matrices
-    python benchmarks/compare.py --report                     table and chart from the results
+    python benchmarks/compare.py                                  everything: set up, measure, report
+    python benchmarks/compare.py --setup                          peers and models; half an hour, once
+    python benchmarks/compare.py --work matrix-8192 --rounds 3    rounds added to the results
+    python benchmarks/compare.py --report                         table and chart from the results
 
 Peers live in virtual environments of their own under --cache, and so do the models and the results. The table goes
 between two marks in docs/performance.md, the chart to docs/compare.svg.
@@ -11,8 +11,10 @@ between two marks in docs/performance.md, the chart to docs/compare.svg.
 
 from __future__ import annotations
 
+import fcntl
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -61,14 +63,27 @@ def compare(
     """fourfold beside other software on this machine; without options, everything: set up, measure, report."""
     check_counts(rounds=rounds, threads=threads)
     cache = (cache or Path(platformdirs.user_cache_dir("fourfold")) / "compare").expanduser().absolute()
-    everything = not (work or only_setup or only_report)
     chosen, who = _works(work or [""], cache), _peers(peers)
-    if only_setup or everything:
-        _set_up(chosen, who, cache)
-    if work or everything:
-        _measure(chosen, who, rounds, threads, cache, fresh)
-    if only_report or everything:
-        _report(read(cache / "results.json"), docs)
+    everything = not (work or only_setup or only_report)
+    with _alone(cache):
+        if only_setup or everything:
+            _set_up(chosen, who, cache)
+        if not (only_setup or only_report):
+            _measure(chosen, who, rounds, threads, cache, fresh)
+        if only_report or everything:
+            _report(read(cache / "results.json"), docs)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Raises UserError where another comparison is at work in the cache: it would disturb this one's figures."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another comparison is at work in {cache}: wait for it, or give another --cache") from None
+        yield
 
 
 def _works(names: Sequence[str], cache: Path) -> dict[str, Callable[[], Work]]:

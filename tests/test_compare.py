@@ -39,8 +39,8 @@ WORK = Work(
     "matrix",
     {},
     (
-        Load("1", "1 token", {"seconds": 1}, "matrix", 1, "read", 0.0),
-        Load("512", "512 tokens", {"seconds": 2}, "matrix", 512, "peak", 16.0),
+        Load("1", "1 token", {"seconds": 1}, "matrix", 1, 0.0),
+        Load("512", "512 tokens", {"seconds": 2}, "matrix", 512, 40.0),
     ),
     memory_bytes=1,
 )
@@ -84,7 +84,7 @@ def test_a_worker_answers_whatever_its_library_prints(contest: Callable[..., Res
     results = contest("good", "slow")
     assert results.failures == {}
     assert [sample.seconds for sample in results.samples if sample.peer == "good"] == [1.0, 2.0] * 2
-    assert [sample.of_limit for sample in results.samples if sample.peer == "good"] == [1000 / 1 / 100, 16 / 2 / 2] * 2
+    assert [sample.of_limit for sample in results.samples if sample.peer == "good"] == [1000 / 1 / 100, 40 / 2 / 2] * 2
     assert results.speedup(WORK.name, "1", "good", over="slow") == 2
     order = [sample.peer for sample in results.samples if sample.load == "1"]
     assert order == ["good", "slow", "slow", "good"], "who begins changes from round to round"
@@ -93,7 +93,7 @@ def test_a_worker_answers_whatever_its_library_prints(contest: Callable[..., Res
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("dies", "it was ended by SIGSEGV: Error: out of luck"),
+        ("dies", "ended by SIGSEGV: Error: out of luck"),
         ("raises", "ValueError: not with me"),
         ("lies", "it says that a turn took -1.0 seconds"),
         ("cannot load", "MemoryError: too large"),
@@ -230,7 +230,7 @@ def test_the_table_gives_medians_spreads_and_shares_and_says_who_is_ahead(result
 
 
 def test_speeds_of_models_are_tokens_a_second_least_first() -> None:
-    load = {"title": "prompt of 512", "unit": "prompt", "tokens": 512, "limit": "peak"}
+    load = {"title": "prompt of 512", "unit": "prompt", "tokens": 512}
     work = {"title": "A model", "kind": "model", "loads": {"prompt": load}}
     samples = [Sample("model", "prompt", FOURFOLD.name, str(i), 0.5 * 2**i, 0.4) for i in range(3)]
     results = Results(MACHINE, {"model": work}, {FOURFOLD.name: "fourfold"}, samples=samples)
@@ -325,37 +325,53 @@ def test_a_random_model_for_other_readers_is_whole(tmp_path: Path, smollm2: Path
     assert row.std() == pytest.approx(config.hidden_dim**-0.5, rel=0.05)
 
 
-def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = subprocess.run
+@pytest.fixture
+def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a shell script in the place of whatever an installation runs; where it runs."""
+    start = subprocess.Popen
 
-    def pip(command: list[str], **options: Any) -> Any:
-        return run(["sh", "-c", "echo 'ERROR: no wheel'; echo 'pip is old'; exit 1"], **options)
+    def replace_by(script: str) -> Path:
+        def popen(command: list[str], **options: Any) -> Any:
+            return start(["sh", "-c", f"cd {tmp_path}; {script}", "sh", *command], **options)
 
-    monkeypatch.setattr(install.subprocess, "run", pip)
+        monkeypatch.setattr(install.subprocess, "Popen", popen)
+        return tmp_path
+
+    return replace_by
+
+
+def test_an_environment_that_cannot_be_made_says_why(pip: Callable[[str], Path]) -> None:
+    cache = pip("echo 'ERROR: no wheel'; echo 'pip is old'; exit 1")
     environment = Environment("wrong", ("a-package",))
     with pytest.raises(install.NotInstalled, match=r"ERROR: no wheel \(see "):
-        install.install(environment, tmp_path)
-    with pytest.raises(install.NotInstalled, match="not installed: run"):
-        install.python_of(environment, tmp_path)
+        install.install(environment, cache)
+    with pytest.raises(install.NotInstalled, match=r"^not installed: ended with status 1: ERROR: no wheel"):
+        install.python_of(environment, cache)
+    pip("mkdir -p venvs/wrong")
+    install.install(environment, cache)
+    assert install.python_of(environment, cache).parts[-4:] == ("venvs", "wrong", "bin", "python")
 
 
-def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = []
+def test_an_installation_that_does_not_end_is_ended_with_all_it_started(pip: Callable[[str], Path]) -> None:
+    cache = pip("sleep 3600 & echo $! > child; wait")
+    with pytest.raises(install.NotInstalled, match=r"more than 0\.02 minutes"):
+        install.install(Environment("slow", ("a-package",), minutes=0.02), cache)
+    child = int((cache / "child").read_text())
+    _wait_for(lambda: _state(child) in (None, "Z"))
 
-    def pip(command: list[str], **options: Any) -> None:
-        (tmp_path / "venvs" / "right" / "bin").mkdir(parents=True, exist_ok=True)
-        commands.append((command, options["env"].get("FLAGS")))
 
-    monkeypatch.setattr(install.subprocess, "run", pip)
-    environment = Environment("right", ("a-package==1",), {"FLAGS": "-include {HERE}/tile_config.h"})
+def test_an_environment_is_made_once(pip: Callable[[str], Path]) -> None:
+    cache = pip('mkdir -p venvs/right; echo "$FLAGS $@" >> commands')
+    environment = Environment("right", ("a-package==1",), {"FLAGS": "{HERE}/tile_config.h"})
     for _ in range(2):
-        install.install(environment, tmp_path)
-    assert len(commands) == 2, "one makes the environment, one fills it"
-    assert commands[1][0][-1] == "a-package==1"
-    assert Path(str(commands[1][1]).split()[1]).is_file()
-    assert install.python_of(environment, tmp_path) == tmp_path / "venvs" / "right" / "bin" / "python"
-    with pytest.raises(install.NotInstalled):
-        install.python_of(Environment("right", ("a-package==2",)), tmp_path)
+        install.install(environment, cache)
+    first, second = (cache / "commands").read_text().splitlines()
+    assert first.endswith(f"-m venv {cache / 'venvs' / 'right'}")
+    assert second.endswith("a-package==1")
+    assert Path(second.split()[0]).is_file(), "the folder of the peers has been put in"
+    assert install.python_of(environment, cache) == cache / "venvs" / "right" / "bin" / "python"
+    with pytest.raises(install.NotInstalled, match="not installed: run"):
+        install.python_of(Environment("right", ("a-package==2",)), cache)
 
 
 def test_every_peer_has_its_worker() -> None:
@@ -384,3 +400,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
     assert err.startswith("compare: ")
     assert sentence in err
     assert len(err.splitlines()) == 1
+
+
+def test_two_comparisons_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with compare._alone(tmp_path), pytest.raises(UserError, match="another comparison"), compare._alone(tmp_path):
+        pass
+    with compare._alone(tmp_path):
+        pass

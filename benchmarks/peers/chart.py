@@ -11,7 +11,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from peers.catalogue import FOURFOLD
-from peers.report import rate, unit
+from peers.report import peak_name, rate, unit
 from peers.results import Results
 
 # All in px. A panel is a name, a bar and a value to a row; two panels lie side by side.
@@ -71,12 +71,12 @@ def chart(results: Results) -> str:
 def _captions(results: Results, height: int) -> Iterator[str]:
     machine = results.machine
     yield _text(MARGIN, 42, "title", f"The same work, {machine['threads']} threads: longer is faster")
-    where = f"{machine['cpu'] or 'this machine'}, {machine['isa']}. In turn, round by round; medians."
+    where = f"{machine['cpu'] or 'this machine'}, {machine['isa'].upper()}. In turn, round by round; medians."
     yield _text(MARGIN, 64, "note", where)
     yield _text(
         MARGIN, height - 20, "note",
-        "%: of what the machine can do, measured around each turn: of its read bandwidth for few tokens, of its "
-        f"{machine['peak']} peak for prompts and 512 tokens.",
+        "%: of the limit measured around each turn, be it reading the packed weights or multiplying at the "
+        f"{peak_name(machine)} peak.",
     )  # fmt: skip
 
 

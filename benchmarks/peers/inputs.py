@@ -33,8 +33,7 @@ def smollm2() -> Work:
     tokenizer = Tokenizer.from_directory(directory)
     known = {"ids": tokenizer.encode(QUESTION), "next": tokenizer.encode(ANSWER)[0]}
     subject = {"known": known, **_subject(gguf, directory, "Q4_1")}
-    flop = prompt_flop(open_directory(directory), PROMPT)
-    return model("smollm2", "SmolLM2-135M", subject, decode=32, flop=flop, memory_bytes=2 * 10**9)
+    return model("smollm2", "SmolLM2-135M", subject, decode=32, flop=_flop(directory), memory_bytes=2 * 10**9)
 
 
 def llama_3b(cache: Path) -> Work:
@@ -48,8 +47,12 @@ def llama_3b(cache: Path) -> Work:
     if not gguf.exists():
         _write_gguf(config, gguf)
     subject = {"shape": _transformers_shape(config), **_subject(gguf, directory, "Q4_0")}
-    flop = prompt_flop(open_directory(directory), PROMPT)
-    return model("llama-3b", "Llama of 2.9 B", subject, decode=8, flop=flop, memory_bytes=6 * 10**9)
+    return model("llama-3b", "Llama of 2.9 B", subject, decode=8, flop=_flop(directory), memory_bytes=6 * 10**9)
+
+
+def _flop(directory: Path) -> tuple[float, float]:
+    stored = open_directory(directory)
+    return prompt_flop(stored, 1), prompt_flop(stored, PROMPT)
 
 
 def _subject(gguf: Path, directory: Path, gguf_type: str) -> dict[str, Any]:

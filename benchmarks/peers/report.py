@@ -39,6 +39,11 @@ def unit(load: Mapping[str, Any]) -> str:
     return "ms" if load["unit"] == "matrix" else "tokens/s"
 
 
+def peak_name(machine: Mapping[str, Any]) -> str:
+    """Of the fastest instructions that the machine has for numbers with a fraction."""
+    return str(machine["peak"]).replace("_", " ").upper()
+
+
 def behind(results: Results) -> Iterator[tuple[str, str, str, float]]:
     """Work, load, peer, and how many times as fast as fourfold it is, wherever one is faster."""
     for work, facts in results.works.items():
@@ -55,9 +60,9 @@ def _head(results: Results) -> Iterator[str]:
     yield (
         f"{machine['threads']} threads of {machine['cpu'] or 'this machine'} ({machine['isa']}), every peer in turn, "
         "round by round, and none at work while another is. Median of the rounds (least–most); then the share of the "
-        "limit that was measured before and after each turn: bytes of packed weights over the read bandwidth, or "
-        f"operations over the {machine['peak']} peak (prompts and 512 tokens). The command is "
-        "`python benchmarks/compare.py`.\n"
+        "limit as measured before and after each turn: reading the packed weights at the read bandwidth, or "
+        f"multiplying with them at the {peak_name(machine)} peak, whichever takes longer; products in int8 may pass 1. "
+        "`python benchmarks/compare.py` makes all of this again.\n"
     )
 
 

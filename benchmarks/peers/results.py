@@ -25,7 +25,7 @@ class Sample:
     peer: str
     round: str  # turns of one round ran within minutes of each other, and compare with each other
     seconds: float  # of one unit: a matrix, a token, a prompt
-    of_limit: float  # bytes/s over the read bandwidth, or FLOP/s over the peak, whichever limits the load
+    of_limit: float  # bytes/s over the read bandwidth or FLOP/s over the peak, whichever is more
 
 
 @dataclass

@@ -100,7 +100,7 @@ class _Contest:
         for name, seconds, read, peak in zip(order, turns, limits.read_around(), limits.peak_around(), strict=True):
             n_bytes = self._results.facts[f"{self._work.name}/{name}"]["bytes"]
             for load, took in zip(self._work.loads, seconds, strict=False):
-                share = n_bytes / took / read if load.limit == "read" else load.flop / took / peak
+                share = max(n_bytes / took / read, load.flop / took / peak)
                 sample = Sample(self._work.name, load.name, name, f"{self._run}-{number}", took, share)
                 self._results.samples.append(sample)
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from peers.catalogue import Kind
 
 Unit = Literal["matrix", "token", "prompt"]
-Limit = Literal["read", "peak"]
 
 TOKENS = (1, 4, 16, 512)
 PROMPT = 512
@@ -18,15 +17,14 @@ ROTATING_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Load:
-    """What one turn does. `limit` bounds it: the weights' bytes, or `flop` of multiplications and additions."""
+    """What one turn does."""
 
     name: str
     title: str
     request: Mapping[str, int]
     unit: Unit  # what its seconds are of
     tokens: int  # in a unit
-    limit: Limit
-    flop: float
+    flop: float  # of a unit's matrices, two for each weight and token
 
 
 @dataclass(frozen=True)
@@ -42,36 +40,26 @@ class Work:
 
     def describe(self) -> dict[str, Any]:
         """What a table of its results needs, JSON-ready."""
-        loads = {
-            load.name: {"title": load.title, "unit": load.unit, "tokens": load.tokens, "limit": load.limit}
-            for load in self.loads
-        }
+        loads = {load.name: {"title": load.title, "unit": load.unit, "tokens": load.tokens} for load in self.loads}
         return {"title": self.title, "kind": self.kind, "loads": loads}
 
 
 def matrix(k: int, n: int) -> Work:
     """y = x W^T, W (N, K), for a few and for many rows of x."""
     loads = tuple(
-        Load(
-            f"{m}",
-            f"{m} token{'s' if m > 1 else ''}",
-            {"tokens": m},
-            "matrix",
-            m,
-            "read" if m <= 16 else "peak",
-            2.0 * m * k * n,
-        )
-        for m in TOKENS
+        Load(f"{m}", f"{m} token{'s' if m > 1 else ''}", {"tokens": m}, "matrix", m, 2.0 * m * k * n) for m in TOKENS
     )
     subject = {"k": k, "n": n, "tokens": TOKENS, "rotating_bytes": ROTATING_BYTES}
     memory = 2 * ROTATING_BYTES + 12 * k * n  # copies as they come and as they are packed; quantizing one of floats
     return Work(f"matrix-{n}", f"One matrix, {k} × {n}", "matrix", subject, loads, memory)
 
 
-def model(name: str, title: str, subject: Mapping[str, Any], *, decode: int, flop: float, memory_bytes: int) -> Work:
-    """A whole model: `decode` tokens after one another in a turn, and a prompt whose matrices take `flop`."""
+def model(
+    name: str, title: str, subject: Mapping[str, Any], *, decode: int, flop: tuple[float, float], memory_bytes: int
+) -> Work:
+    """A whole model: `decode` tokens after one another, or a prompt, in a turn; `flop` of a token and of the prompt."""
     loads = (
-        Load("decode", "one token after another", {"decode": decode}, "token", 1, "read", 0.0),
-        Load("prompt", f"prompt of {PROMPT}", {"prompt": PROMPT}, "prompt", PROMPT, "peak", flop),
+        Load("decode", "one token after another", {"decode": decode}, "token", 1, flop[0]),
+        Load("prompt", f"prompt of {PROMPT}", {"prompt": PROMPT}, "prompt", PROMPT, flop[1]),
     )
     return Work(name, title, "model", subject, loads, memory_bytes)

@@ -14,7 +14,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from peers.install import reason
+from peers.install import ended, reason
 
 MAX_REPLY = 1 << 20  # bytes of one line
 
@@ -100,8 +100,7 @@ class Worker:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "it closed its end of the conversation"
-        how = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
-        return f"{how}: {reason(self._log)}"
+        return f"{ended(code)}: {reason(self._log)}"
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):

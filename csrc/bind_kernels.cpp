@@ -61,28 +61,32 @@ void linear(const std::string& name, const std::string& isa, Array<const uint8_t
                  y.shape(1), scratch.as()});
 }
 
-// out (Q, D) of Q <= 16 queries (Q, D), query i seeing n_positions[i] of keys and values (T, D).
+// out (Q, D) of Q <= 16 queries (Q, D), query i seeing n_positions[i] of keys and values (T, D), in chunks.
 void attend(const std::string& isa, const std::string& kv, Array<const float, 2> q, Array<const float, 2> keys,
-            Array<const float, 2> values, Array<const int32_t, 1> n_positions, Array<float, 2> out) {
+            Array<const float, 2> values, Array<const int32_t, 1> n_positions, size_t chunk, Array<float, 2> out) {
     const RowKernels& rows = rows_named(isa);
-    const size_t d = q.shape(1), t = keys.shape(0);
+    const size_t n = q.shape(0), d = q.shape(1), t = keys.shape(0);
     const auto format = kv_named(kv);
-    if (q.shape(0) > kAttendQueries || n_positions.shape(0) != q.shape(0) || values.shape(0) != t || keys.shape(1) != d)
+    if (n > kAttendQueries || n_positions.shape(0) != n || values.shape(0) != t || keys.shape(1) != d || t == 0 ||
+        chunk == 0 || chunk % kPage != 0)
         throw std::invalid_argument("attend: the arrays' shapes do not agree");
-    const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage;
-    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(attend_scratch_floats(d) * sizeof(float), kAnyNode);
-    // What a page's unwritten part holds must not matter: not-a-numbers, in reversed page order.
+    const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage,
+                 n_chunks = (t + chunk - 1) / chunk;
+    const size_t floats = attend_partial_floats(d);
+    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(attend_scratch_floats(d) * sizeof(float), kAnyNode),
+        partials(n_chunks * n * floats * sizeof(float), kAnyNode);
+    // What a page's unwritten part held must not matter: not-a-numbers, in reversed page order.
     std::memset(pages.as(), 0xFF, n_pages * bytes);
     std::vector<int32_t> order;
     for (size_t i = 0; i < n_pages; ++i) order.push_back(static_cast<int32_t>(n_pages - 1 - i));
-    for (size_t p = 0; p < t; ++p)
+    for (size_t p = t; p-- > 0;)  // in no particular order
         rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d,
                       keys.data() + p * d, values.data() + p * d);
+    rows.kv_clear(format, pages.as(), (t - 1) % kPage + 1, d);  // of the last page, the first in memory
     AttendArgs args{};
-    args.n_queries = q.shape(0);
-    for (size_t i = 0; i < q.shape(0); ++i) {
+    args.n_queries = n;
+    for (size_t i = 0; i < n; ++i) {
         args.q[i] = q.data() + i * d;
-        args.out[i] = out.data() + i * d;
         args.n_positions[i] = static_cast<size_t>(n_positions.data()[i]);
     }
     args.pages = pages.as();
@@ -92,7 +96,17 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     args.scale = 1.0f / std::sqrt(static_cast<float>(d));
     args.format = format;
     args.scratch = scratch.as<float>();
-    rows.attend(args);
+    const size_t last = std::min(t, args.n_positions[n - 1]);
+    size_t used = 0;
+    for (; used * chunk < last; ++used) {
+        args.begin = used * chunk;
+        args.end = std::min(args.begin + chunk, last);
+        args.end_ahead = last;
+        args.partial = partials.as<float>() + used * n * floats;
+        rows.attend(args);
+    }
+    for (size_t i = 0; i < n; ++i)
+        rows.merge(partials.as<float>() + i * floats, used, n * floats, d, out.data() + i * d);
 }
 
 }  // namespace
@@ -109,7 +123,8 @@ void bind_kernels(nb::module_& m) {
         },
         "isa"_a, "format"_a, "m"_a, "The row that M tokens in a format take on an ISA.");
     m.def("linear", &linear, "kernel"_a, "isa"_a, "panels"_a, "scales"_a.none(), "x"_a, "y"_a.noconvert());
-    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "n_positions"_a, "out"_a.noconvert());
+    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "n_positions"_a, "chunk"_a,
+          "out"_a.noconvert());
     m.def(
         "rms_norm",
         [](const std::string& isa, Array<const float, 1> x, Array<const float, 1> w, float eps, Array<float, 1> y) {

@@ -59,6 +59,16 @@ nb::dict peak(const std::vector<int>& cpus, const std::string& kind, int n_repea
     return result;
 }
 
+nb::dict handover(int from, int to, int64_t n_bytes, int n_rounds) {
+    const auto times =
+        without_gil([&](const Machine& machine) { return measure_handover(machine, from, to, n_bytes, n_rounds); });
+    nb::dict result;
+    result["best_us"] = times.best * 1e6;
+    result["median_us"] = times.median * 1e6;
+    result["bytes"] = times.n_bytes;
+    return result;
+}
+
 }  // namespace
 
 void bind_probe(nb::module_& m) {
@@ -67,6 +77,8 @@ void bind_probe(nb::module_& m) {
           nb::arg("repeats") = 5);
     m.def("measure_copy_bandwidth", &copy_bandwidth, nb::arg("cpus"), nb::arg("bytes") = kBytes,
           nb::arg("repeats") = 5);
+    m.def("measure_handover", &handover, nb::arg("from_cpu"), nb::arg("to_cpu"), nb::arg("bytes"),
+          nb::arg("rounds") = 2000);
     m.def("measure_peak", &peak, nb::arg("cpus"), nb::arg("kind"), nb::arg("repeats") = 5);
     m.def("peak_kinds", [] { return peak_kinds(read_machine()); });
 }

@@ -156,6 +156,14 @@ void bind_program(nb::module_& m) {
         .def("add_select", &Program::add_select, "src"_a, "dst"_a)
         .def("finish", &Program::finish)
         .def("step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert())
+        .def("record", &Program::record, "wanted"_a)
+        .def(
+            "marks",
+            [](const Program& p, size_t rank, size_t thread) {
+                const std::vector<Mark>& marks = p.marks(rank, thread);
+                return nb::bytes(marks.data(), marks.size() * sizeof(Mark));
+            },
+            "rank"_a, "thread"_a, "Of the last recorded step: (int64 ns, int32 op, int32 phase) each.")
         .def_prop_ro("kv_bytes", &Program::kv_bytes)
         .def_prop_ro("op_names", &Program::op_names)
         .def("kernels", &Program::kernels, "m"_a)
@@ -171,6 +179,16 @@ void bind_program(nb::module_& m) {
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
         "kernel"_a = "");
     m.attr("PAGE") = kPage;
+    m.def(
+        "kv_page_bytes", [](const std::string& kv, size_t head_dim) { return KvPage::bytes(kv_named(kv), head_dim); },
+        "kv"_a, "head_dim"_a, "Bytes of PAGE positions of one KV head.");
+    m.def("scratch_bytes", &Program::scratch_bytes, "widest_inputs"_a, "context"_a, "head_dim"_a,
+          "Bytes of scratch a thread.");
+    m.def("attend_chunk", &Program::attend_chunk, "context"_a, "Positions that one thread attends to at a time.");
+    m.attr("SPLIT_ITEMS") = Program::kSplitItems;
+    m.def("attend_shared_bytes", &Program::attend_shared_bytes, "threads"_a, "context"_a, "head_dim"_a,
+          "Bytes of a rank's partial attention.");
+    m.attr("PHASES") = std::vector<std::string>(std::begin(kPhaseNames), std::end(kPhaseNames));
     m.attr("MAX_RANKS") = kMaxRanks;
     m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

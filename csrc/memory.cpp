@@ -12,15 +12,16 @@
 namespace fourfold {
 
 namespace {
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kPage = 4096;
 std::atomic<bool> unbound{false};
 }  // namespace
 
 NodeMemory::NodeMemory(size_t bytes, int node) {
     if (bytes == 0) return;
-    // Whole huge pages for what fills at least one, so that the tail is huge too.
-    const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
-    bytes_ = (bytes + unit - 1) / unit * unit;
+    // What fills a huge page begins on one; its tail is left to ordinary pages, or a model of many matrices of a few MB
+    // would take a tenth more memory than it has weights.
+    const size_t unit = bytes >= kHugePage ? kHugePage : kPage;
+    bytes_ = (bytes + kPage - 1) / kPage * kPage;
     // A huge page must begin at a multiple of its size: map one more, and give back what lies before and behind.
     const size_t mapped = unit == kHugePage ? bytes_ + kHugePage : bytes_;
     void* p = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

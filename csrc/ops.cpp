@@ -57,6 +57,7 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t rows = kernel.activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
     const auto [t0, t1] = rows == 1 ? worker.share(k_tiles) : std::pair<size_t, size_t>{0, k_tiles};
     const auto [m0, m1] = rows == 1 ? std::pair<size_t, size_t>{0, 1} : worker.share(rows);
+    worker.begins_as(Phase::pack);
     if (k_tiles)
         Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1,
                           packed);

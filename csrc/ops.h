@@ -17,6 +17,8 @@ struct Ops {
     static const LinearKernel& kernel(const Program& p, Format f, size_t m) { return p.kernel(f, m); }
     static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
     static uint8_t* scratch(Program& p, const Worker& w) { return p.scratch_[w.rank][w.thread].as(); }
+    static size_t attend_chunk(const Program& p) { return p.attend_chunk_; }
+    static float* partials(Program& p, size_t rank) { return p.partials_[rank].as<float>(); }
     static Program::Cache& cache(Program& p, int layer) { return p.caches_[static_cast<size_t>(layer)]; }
     static const float* cosines(const Program& p, size_t position) {
         return p.cosines_.data() + position * (p.options_.head_dim / 2);

@@ -22,10 +22,15 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
             continue;
         }
         const size_t h = head - n_q;
-        const int32_t page = step.sequences[static_cast<size_t>(step.row_sequence[m])].pages[position / kPage];
-        uint8_t* to = cache.pages[r].as() + (static_cast<size_t>(page) * n_kv + h) * KvPage::bytes(kv, d);
+        const SequenceRows& sequence = step.sequences[static_cast<size_t>(step.row_sequence[m])];
+        const auto page = static_cast<size_t>(sequence.pages[position / kPage]);
+        uint8_t* to = cache.pages[r].as() + (page * n_kv + h) * KvPage::bytes(kv, d);
+        const size_t slot = position % kPage;
         Ops::rows(p).rope(keys.row(r, m) + h * d, c, s, d);
-        Ops::rows(p).kv_store(kv, to, position % kPage, d, keys.row(r, m) + h * d, values.row(r, m) + h * d);
+        Ops::rows(p).kv_store(kv, to, slot, d, keys.row(r, m) + h * d, values.row(r, m) + h * d);
+        const bool is_last = m + 1 == static_cast<size_t>(sequence.row_begin + sequence.n_rows);
+        const bool began_here = position - slot >= static_cast<size_t>(sequence.start);
+        if (is_last && began_here && slot + 1 < kPage) Ops::rows(p).kv_clear(kv, to, slot + 1, d);
     }
 }
 
@@ -42,46 +47,107 @@ AttendOp::AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, i
     }
 }
 
-// Items are (rows of a sequence, query heads that share a KV head). Threads take them in turn, so that the later rows
-// of a prompt, which see more, spread evenly; where there are few, every query head is an item of its own.
+namespace {
+
+// Rows of one sequence and query heads that share a KV head: at most kAttendQueries queries.
+struct Item {
+    const SequenceRows* sequence;
+    size_t row, n_rows, head, n_heads, kv_head;
+};
+
+// Calls f(item) for every item of a step, in the same order on every thread; one query head each where by_head.
+template <class F>
+void each_item(const Step& step, const std::vector<AttendOp::Group>& groups, bool by_head, F f) {
+    for (const RowBlock& block : step.blocks)
+        for (const AttendOp::Group& g : groups) {
+            const size_t n_heads = by_head ? 1 : g.count, rows = kAttendQueries / n_heads;
+            for (size_t h = 0; h < g.count; h += n_heads)
+                for (size_t m = 0; m < block.n_rows; m += rows)
+                    f(Item{&step.sequences[block.sequence], block.row + m, std::min(rows, block.n_rows - m), g.head + h,
+                           n_heads, g.kv_head});
+        }
+}
+
+size_t count_items(const Step& step, const std::vector<AttendOp::Group>& groups, bool by_head) {
+    size_t n = 0;
+    each_item(step, groups, by_head, [&](const Item&) { ++n; });
+    return n;
+}
+
+}  // namespace
+
+// Threads take items in turn, so that the later rows of a prompt, which see more, spread evenly. Where there are few,
+// as in decoding, they take the items' chunks in turn, and merge them after a barrier.
 void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t r = worker.rank, d = Ops::options(p).head_dim;
     const Buffer &queries = Ops::buffer(p, q), &to = Ops::buffer(p, dst);
     const Program::Cache& cache = Ops::cache(p, layer);
     const KvFormat kv = Ops::options(p).kv;
-    const size_t page_bytes = KvPage::bytes(kv, d), n_kv = cache.n_heads[r];
-    const bool by_head = step.blocks.size() * groups[r].size() < 2 * worker.n_threads;
+    const size_t chunk = Ops::attend_chunk(p), page_bytes = KvPage::bytes(kv, d);
+    const size_t query_floats = attend_partial_floats(d), item_floats = kAttendQueries * query_floats;
+    const auto positions_of = [&](const Item& i) {
+        return static_cast<size_t>(step.row_position[i.row + i.n_rows - 1]) + 1;  // of its last row
+    };
+    const auto chunks_of = [&](const Item& i) { return (positions_of(i) + chunk - 1) / chunk; };
+
+    size_t most_chunks = 0;
+    for (const SequenceRows& s : step.sequences)
+        most_chunks = std::max(most_chunks, (static_cast<size_t>(s.start + s.n_rows) + chunk - 1) / chunk);
+    const size_t few = Program::kSplitItems * worker.n_threads;
+    const bool by_head = count_items(step, groups[r], false) * most_chunks < few;
+    const bool is_split = most_chunks > 1 && count_items(step, groups[r], by_head) < few;
 
     AttendArgs args{};
-    args.page_stride = n_kv * page_bytes;
+    args.page_stride = cache.n_heads[r] * page_bytes;
     args.d = d;
     args.scale = 1.0f / std::sqrt(static_cast<float>(d));
     args.format = kv;
     args.scratch = reinterpret_cast<float*>(Ops::scratch(p, worker));
-    const auto attend = [&](const SequenceRows& sequence, size_t row, size_t n_rows, const Group& g) {
-        args.pages = cache.pages[r].as() + g.kv_head * page_bytes;
-        args.page_table = sequence.pages;
+    const auto attend = [&](const Item& i, size_t c, float* partial) {
+        args.pages = cache.pages[r].as() + i.kv_head * page_bytes;
+        args.page_table = i.sequence->pages;
+        args.begin = c * chunk;
+        args.end = std::min(args.begin + chunk, positions_of(i));
+        args.end_ahead = is_split ? args.end : positions_of(i);  // the next chunk is this thread's too, or it is not
+        args.partial = partial;
         args.n_queries = 0;
-        for (size_t m = row; m < row + n_rows; ++m)
-            for (size_t h = g.head; h < g.head + g.count; ++h, ++args.n_queries) {
+        for (size_t m = i.row; m < i.row + i.n_rows; ++m)
+            for (size_t h = i.head; h < i.head + i.n_heads; ++h, ++args.n_queries) {
                 args.q[args.n_queries] = queries.row(r, m) + h * d;
-                args.out[args.n_queries] = to.row(r, m) + h * d;
                 args.n_positions[args.n_queries] = static_cast<size_t>(step.row_position[m]) + 1;
             }
         Ops::rows(p).attend(args);
     };
-    size_t item = 0;
-    for (const RowBlock& block : step.blocks)
-        for (const Group& g : groups[r]) {
-            const size_t pieces = by_head ? g.count : 1, heads = g.count / pieces;
-            for (size_t i = 0; i < pieces; ++i, ++item) {
-                if (item % worker.n_threads != worker.thread) continue;
-                const size_t rows_each = std::max<size_t>(1, kAttendQueries / heads);
-                for (size_t m = 0; m < block.n_rows; m += rows_each)
-                    attend(step.sequences[block.sequence], block.row + m, std::min(rows_each, block.n_rows - m),
-                           {g.head + i * heads, heads, g.kv_head});
-            }
-        }
+    const auto merge = [&](const Item& i, size_t query, const float* partials) {
+        float* out = to.row(r, i.row + query / i.n_heads) + (i.head + query % i.n_heads) * d;
+        Ops::rows(p).merge(partials + query * query_floats, chunks_of(i), item_floats, d, out);
+    };
+
+    size_t turn = 0, at = 0;
+    const auto is_mine = [&] { return turn++ % worker.n_threads == worker.thread; };
+    if (!is_split) {
+        float* partials = args.scratch + attend_scratch_floats(d);
+        each_item(step, groups[r], by_head, [&](const Item& i) {
+            if (!is_mine()) return;
+            for (size_t c = 0; c < chunks_of(i); ++c) attend(i, c, partials + c * item_floats);
+            for (size_t query = 0; query < i.n_rows * i.n_heads; ++query) merge(i, query, partials);
+        });
+        return;
+    }
+    float* shared = Ops::partials(p, r);
+    const size_t stride = most_chunks * item_floats;
+    each_item(step, groups[r], by_head, [&](const Item& i) {
+        float* partials = shared + at++ * stride;
+        for (size_t c = 0; c < chunks_of(i); ++c)
+            if (is_mine()) attend(i, c, partials + c * item_floats);
+    });
+    worker.barrier();
+    turn = at = 0;
+    each_item(step, groups[r], by_head, [&](const Item& i) {
+        const float* partials = shared + at++ * stride;
+        for (size_t query = 0; query < i.n_rows * i.n_heads; ++query)
+            if (is_mine()) merge(i, query, partials);
+    });
 }
 
 }  // namespace fourfold

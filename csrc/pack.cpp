@@ -1,11 +1,14 @@
 #include "pack.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace fourfold {
@@ -18,34 +21,83 @@ uint32_t float_bits_of_half(uint16_t h) {
     return sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f);
 }
 
-// The bits of element i as a float32.
-uint32_t float_bits(const void* row, SourceType type, size_t i) {
-    if (type == SourceType::f32) return static_cast<const uint32_t*>(row)[i];
-    const uint16_t word = static_cast<const uint16_t*>(row)[i];
-    return type == SourceType::bf16 ? uint32_t{word} << 16 : float_bits_of_half(word);
-}
-
-// Up to 16 rows to `columns`: input k of output n at 16 k + n. False if a number is NaN or infinite.
+// Numbers as they lie; those from kInfinity on, the sign aside, are not finite.
 template <SourceType type>
-bool gather(const uint8_t* rows, size_t row_bytes, size_t n_rows, size_t k, float* columns) {
-    uint32_t largest = 0;
-    for (size_t k0 = 0; k0 < k; k0 += kTileK)  // by tiles, which the first level cache holds
-        for (size_t n = 0; n < n_rows; ++n)
-            for (size_t i = k0; i < std::min(k, k0 + kTileK); ++i) {
-                const uint32_t bits = float_bits(rows + n * row_bytes, type, i);
-                columns[i * kTileN + n] = std::bit_cast<float>(bits);
-                largest = std::max(largest, bits & 0x7FFFFFFF);
-            }
-    return largest < 0x7F800000;
+using Word = std::conditional_t<type == SourceType::f32, uint32_t, uint16_t>;
+template <SourceType type>
+constexpr int32_t kInfinity = type == SourceType::f32   ? 0x7F800000
+                              : type == SourceType::f16 ? 0x7C00
+                                                        : 0x7F80;
+
+template <SourceType type>
+float to_float(Word<type> word) {
+    uint32_t bits = word;
+    if constexpr (type == SourceType::bf16) bits <<= 16;
+    if constexpr (type == SourceType::f16) bits = float_bits_of_half(word);
+    return std::bit_cast<float>(bits);
 }
 
-using GatherFn = bool (*)(const uint8_t*, size_t, size_t, size_t, float*);
+// 8 rows and 8 inputs of 16-bit words, turned: the 8 rows' words of input i at to + 16 i. A word's place is its row's 3
+// bits and its column's; weaving rows i and i + 4 moves the first bit to the end, so three times swap row and column.
+void turn_square(const uint16_t* from, size_t stride, uint16_t* to) {
+    __m128i a[8], b[8];
+    for (size_t n = 0; n < 8; ++n) a[n] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + n * stride));
+    for (size_t i = 0; i < 4; ++i) {
+        b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
+        b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
+    }
+    for (size_t i = 0; i < 4; ++i) {
+        a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]);
+        a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
+    }
+    for (size_t i = 0; i < 4; ++i) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i * kTileN), _mm_unpacklo_epi16(a[i], a[i + 4]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (2 * i + 1) * kTileN), _mm_unpackhi_epi16(a[i], a[i + 4]));
+    }
+}
+
+// Up to 16 rows of a tile to words[k][n].
+template <class W>
+void turn_tile(const W* rows, size_t stride, size_t n_rows, size_t width, W* words) {
+    if constexpr (sizeof(W) == 2)
+        if (n_rows == kTileN && width == kTileK) {
+            for (size_t n = 0; n < kTileN; n += 8)
+                for (size_t k = 0; k < kTileK; k += 8)
+                    turn_square(rows + n * stride + k, stride, words + k * kTileN + n);
+            return;
+        }
+    for (size_t n = 0; n < n_rows; ++n)
+        for (size_t k = 0; k < width; ++k) words[k * kTileN + n] = rows[n * stride + k];
+}
+
+// Up to 16 rows to `columns`: input k of output n at 16 k + n, 0 for outputs that are not there. False if a number is
+// NaN or infinite.
+template <SourceType type>
+bool gather(const void* source, size_t n_rows, size_t k, float* columns) {
+    using W = Word<type>;
+    const auto* rows = static_cast<const W*>(source);
+    std::make_signed_t<W> largest = 0;
+    for (size_t k0 = 0; k0 < k; k0 += kTileK) {  // by tiles, which the first level cache holds
+        W words[kTileK * kTileN] = {};
+        const size_t width = std::min(kTileK, k - k0);
+        turn_tile(rows + k0, k, n_rows, width, words);
+        for (size_t i = 0; i < width * kTileN; ++i) {
+            const auto magnitude = static_cast<std::make_signed_t<W>>(words[i] & (W(~W{}) >> 1));
+            largest = std::max(largest, magnitude);
+            columns[k0 * kTileN + i] = to_float<type>(words[i]);
+        }
+    }
+    return largest < kInfinity<type>;
+}
+
+using GatherFn = bool (*)(const void*, size_t, size_t, float*);
 constexpr GatherFn kGather[] = {gather<SourceType::f32>, gather<SourceType::f16>, gather<SourceType::bf16>};
 
-size_t first_non_finite(const uint8_t* rows, SourceType type, size_t row_bytes, size_t k) {
-    for (size_t n = 0;; ++n)
-        for (size_t i = 0; i < k; ++i)
-            if ((float_bits(rows + n * row_bytes, type, i) & 0x7FFFFFFF) >= 0x7F800000) return n;
+// The first of the rows of a panel that `gather` refuses.
+size_t first_non_finite(GatherFn gather, const uint8_t* rows, size_t row_bytes, size_t k, float* columns) {
+    size_t n = 0;
+    while (gather(rows + n * row_bytes, 1, k, columns)) ++n;
+    return n;
 }
 
 constexpr PackPanelFn kPackPanel[kIsas] = {pack_panel_scalar, pack_panel_avx2, pack_panel_avx512, pack_panel_avx512};
@@ -56,6 +108,7 @@ PackResult pack(const PackArgs& a, Isa isa, size_t n_threads) {
     constexpr size_t none = std::numeric_limits<size_t>::max();
     const size_t n_panels = panels_of(a.n), k_tiles = tiles_of(a.k), bytes = panel_bytes(a.format, k_tiles);
     const size_t row_bytes = a.k * (a.type == SourceType::f32 ? 4 : 2);
+    const GatherFn gather_rows = kGather[static_cast<size_t>(a.type)];
     std::vector<PackSums> sums(n_panels);
     std::atomic<size_t> next = 0, first_bad = none;
 
@@ -64,9 +117,8 @@ PackResult pack(const PackArgs& a, Isa isa, size_t n_threads) {
         for (size_t p; (p = next++) < n_panels;) {
             const size_t n_rows = std::min(kTileN, a.n - p * kTileN);
             const uint8_t* rows = static_cast<const uint8_t*>(a.rows) + p * kTileN * row_bytes;
-            if (n_rows < kTileN) std::fill(columns.begin(), columns.end(), 0.0f);
-            if (!kGather[static_cast<size_t>(a.type)](rows, row_bytes, n_rows, a.k, columns.data())) {
-                const size_t bad = p * kTileN + first_non_finite(rows, a.type, row_bytes, a.k);
+            if (!gather_rows(rows, n_rows, a.k, columns.data())) {
+                const size_t bad = p * kTileN + first_non_finite(gather_rows, rows, row_bytes, a.k, columns.data());
                 for (size_t seen = first_bad; bad < seen && !first_bad.compare_exchange_weak(seen, bad);) {
                 }
                 continue;

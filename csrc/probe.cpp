@@ -173,6 +173,52 @@ CopyBandwidth measure_copy_bandwidth(const Machine& machine, const std::vector<i
     return result;
 }
 
+Handover measure_handover(const Machine& machine, int from, int to, int64_t n_bytes, int n_rounds) {
+    check_repeats(n_rounds);
+    if (from == to) throw std::invalid_argument("a hand-over needs two CPUs, not one twice");
+    if (n_bytes < 0 || n_bytes > machine.available_bytes())
+        throw std::invalid_argument("a hand-over of " + std::to_string(n_bytes) + " bytes does not fit this machine");
+    constexpr size_t kLine = 64, kWarmUp = 100;
+    struct alignas(kLine) Word {
+        std::atomic<uint64_t> value{0};
+        void await(uint64_t round) const {
+            for (size_t spins = 1; value.load(std::memory_order_acquire) != round; ++spins) {
+                __builtin_ia32_pause();
+                if (spins % 4096 == 0) std::this_thread::yield();  // the other may wait for this CPU
+            }
+        }
+    } given, taken;
+    const size_t n_lines = (static_cast<size_t>(n_bytes) + kLine - 1) / kLine,
+                 n_words = n_lines * kLine / sizeof(uint64_t);
+    const NodeMemory memory(n_lines * kLine, kAnyNode);
+    auto* words = memory.as<uint64_t>();
+    const uint64_t n_all = static_cast<uint64_t>(n_rounds) + kWarmUp;
+    std::vector<double> seconds;
+    std::atomic<bool> wrong = false;
+    run_pinned({from, to}, [&](size_t side) {
+        for (uint64_t round = 1; round <= n_all; ++round) {
+            if (side == 0) {
+                for (size_t i = 0; i < n_words; ++i) words[i] = round + i;
+                const auto start = Clock::now();
+                given.value.store(round, std::memory_order_release);
+                taken.await(round);
+                const std::chrono::duration<double> passed = Clock::now() - start;
+                if (round > kWarmUp) seconds.push_back(passed.count());
+            } else {
+                given.await(round);
+                uint64_t sum = 0;
+                for (size_t i = 0; i < n_words; i += kLine / sizeof(uint64_t)) sum += words[i] - i;
+                if (sum != n_lines * round) wrong = true;
+                taken.value.store(round, std::memory_order_release);
+            }
+        }
+    });
+    if (wrong)
+        throw std::runtime_error("a core read something else than another wrote: this machine cannot be trusted");
+    std::sort(seconds.begin(), seconds.end());
+    return {n_bytes, seconds.front(), seconds[seconds.size() / 2]};
+}
+
 std::vector<std::string> peak_kinds(const Machine& machine) {
     const auto isas = available_isas(machine);
     std::vector<std::string> kinds;

@@ -41,6 +41,14 @@ ReadBandwidth measure_read_bandwidth(const Machine& machine, const std::vector<i
 CopyBandwidth measure_copy_bandwidth(const Machine& machine, const std::vector<int>& cpus, int64_t n_bytes,
                                      int n_repeats);
 
+struct Handover {
+    int64_t n_bytes;
+    double best, median;  // seconds
+};
+// From the first CPU's word that n_bytes, which it has just written, are there, until the second's word that it has
+// read a word of every line of them; 0 bytes: the round trip of the two words alone. The CPUs must differ.
+Handover measure_handover(const Machine& machine, int from, int to, int64_t n_bytes, int n_rounds);
+
 // The peaks this machine can be asked for, fastest first: names of PeakProbe.
 std::vector<std::string> peak_kinds(const Machine& machine);
 // Throws std::invalid_argument also for a kind that does not exist or that the machine does not have.

@@ -10,10 +10,14 @@ namespace fourfold {
 
 namespace {
 constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes together
-}
+constexpr size_t kMarksAnOp = 8;   // more than any op makes: a phase and a barrier, a few times over
+}  // namespace
 
 Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
-    : team_(std::move(team)), options_(std::move(options)), rows_(row_kernels(options_.isa)) {
+    : team_(std::move(team)),
+      options_(std::move(options)),
+      rows_(row_kernels(options_.isa)),
+      attend_chunk_(attend_chunk(options_.context)) {
     if (!options_.kernel.empty()) {
         forced_ = find_linear(options_.kernel);
         if (!forced_) throw std::invalid_argument("there is no kernel named " + options_.kernel);
@@ -107,15 +111,18 @@ void Program::finish() {
         std::none_of(weights_.begin(), weights_.end(), [&](const auto& w) { return w->format == forced_->format; }))
         throw std::invalid_argument("kernel " + options_.kernel + " reads a format that no weight has");
     size_t widest = 0;
-    for (const auto& w : weights_) widest = std::max(widest, tiles_of(w->k) * kTileK * sizeof(float));
-    const size_t scratch =
-        std::max({kLinearScratchBytes, attend_scratch_floats(options_.head_dim) * sizeof(float), widest});
+    for (const auto& w : weights_) widest = std::max(widest, w->k);
+    const size_t scratch = scratch_bytes(widest, options_.context, options_.head_dim);
     const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
         packed_.emplace_back(packed_bytes_, plan.node);
+        if (!caches_.empty())
+            partials_.emplace_back(attend_shared_bytes(plan.cpus.size(), options_.context, options_.head_dim),
+                                   plan.node);
         auto& threads = scratch_.emplace_back();
         for (size_t t = 0; t < plan.cpus.size(); ++t) threads.emplace_back(scratch, plan.node);
+        timelines_.emplace_back(plan.cpus.size());
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
     }
 }
@@ -137,12 +144,33 @@ void Program::step(const Step& given) {
     step.row_sequence = {row_sequence_.data(), step.n_tokens()};
     step.row_position = {row_position_.data(), step.n_tokens()};
     step.blocks = blocks_;
-    team_->run([self = shared_from_this(), step](Worker& worker) {
-        for (const auto& op : self->ops_) {
-            op->run(*self, worker, step);
-            op->ends_globally() ? worker.barrier_all() : worker.barrier();
+    team_->run([self = shared_from_this(), step](Worker& worker) { self->walk(worker, step); });
+}
+
+void Program::walk(Worker& worker, const Step& step) {
+    Timeline* timeline = recording_ ? &timelines_[worker.rank][worker.thread] : nullptr;
+    worker.timeline = timeline;
+    if (timeline) timeline->clear();
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        if (timeline) timeline->enter(static_cast<int32_t>(i));
+        ops_[i]->run(*this, worker, step);
+        ops_[i]->ends_globally() ? worker.barrier_all() : worker.barrier();
+    }
+    if (timeline) timeline->end();
+}
+
+void Program::record(bool wanted) {
+    const std::lock_guard turn(turn_);
+    recording_ = wanted;
+    for (auto& rank : timelines_)
+        for (Timeline& timeline : rank) {
+            timeline = {};
+            if (wanted) timeline.reserve(ops_.size() * kMarksAnOp);
         }
-    });
+}
+
+const std::vector<Mark>& Program::marks(size_t rank, size_t thread) const {
+    return timelines_.at(rank).at(thread).marks();
 }
 
 size_t Program::kv_bytes() const {

@@ -4,6 +4,7 @@
 // are float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and
 // `embed`. Rows are tokens, of any mix of sequences, never padded.
 #pragma once
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -107,10 +108,37 @@ class Program : public std::enable_shared_from_this<Program> {
     // One step; callers take turns. They have checked sizes: rows <= max_tokens, positions < context, ids in range.
     void step(const Step& step);
 
+    // Whether later steps record what each thread does; what was recorded before is forgotten.
+    void record(bool wanted);
+    // The thread's marks in the last recorded step; none before it. Not during a step.
+    const std::vector<Mark>& marks(size_t rank, size_t thread) const;
+
     size_t kv_bytes() const;  // of all ranks' caches
     // Kernels that a step of M tokens would run, by weight format.
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
+
+    // Positions that attention takes as one piece, whatever the threads and the other sequences: whole pages, and at
+    // most kMostChunks pieces of the context.
+    static constexpr size_t kLeastChunk = 256, kMostChunks = 32;
+    static size_t attend_chunk(size_t context) {
+        return std::max(kLeastChunk, ((context + kMostChunks - 1) / kMostChunks + kPage - 1) / kPage * kPage);
+    }
+    // Fewer items a thread than this, and attention divides their chunks instead.
+    static constexpr size_t kSplitItems = 2;
+    // Bytes of a rank for the chunks of divided items, of a thread for everything it needs, and for the chunks of an
+    // item.
+    static size_t attend_shared_bytes(size_t threads, size_t context, size_t head_dim) {
+        return threads * kSplitItems * attend_item_bytes(context, head_dim);
+    }
+    static size_t scratch_bytes(size_t widest_inputs, size_t context, size_t head_dim) {
+        return std::max({kLinearScratchBytes, tiles_of(widest_inputs) * kTileK * sizeof(float),
+                         attend_scratch_floats(head_dim) * sizeof(float) + attend_item_bytes(context, head_dim)});
+    }
+    static size_t attend_item_bytes(size_t context, size_t head_dim) {
+        const size_t chunk = attend_chunk(context), n_chunks = (context + chunk - 1) / chunk;
+        return n_chunks * kAttendQueries * attend_partial_floats(head_dim) * sizeof(float);
+    }
 
     struct Cache {                      // of one layer
         std::vector<NodeMemory> pages;  // per rank: (n_pages, its KV heads, KvPage::bytes)
@@ -120,6 +148,7 @@ class Program : public std::enable_shared_from_this<Program> {
   private:
     friend struct Ops;
     const LinearKernel& kernel(Format format, size_t m) const;
+    void walk(Worker& worker, const Step& step);  // one thread's part
 
     std::shared_ptr<Team> team_;
     const ProgramOptions options_;
@@ -133,6 +162,10 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<NodeMemory> packed_;                // per rank: activations as the linear kernels want them
     std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
+    const size_t attend_chunk_;                     // positions
+    std::vector<NodeMemory> partials_;              // per rank: of attention that threads share
+    std::vector<std::vector<Timeline>> timelines_;  // the same
+    bool recording_ = false;
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;

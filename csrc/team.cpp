@@ -23,7 +23,6 @@ struct alignas(64) Flag {
 struct Worker::State {
     std::vector<std::vector<Flag>> arrived;  // (rank, thread)
     std::vector<Flag> released, rank_arrived;
-    Flag all_released;
 
     alignas(64) std::atomic<uint32_t> generation{0};  // of jobs; workers sleep on it
     alignas(64) std::atomic<uint32_t> finished{0};    // the last generation that ended; the caller sleeps on it
@@ -111,25 +110,25 @@ void Worker::release() {
 }
 
 void Worker::barrier() {
+    if (timeline) timeline->enter_barrier();
     arrive();
     release();
+    if (timeline) timeline->leave_barrier();
 }
 
+// The ranks' first threads tell each other: one hand-over from core to core, whichever came last.
 void Worker::barrier_all() {
+    if (timeline) timeline->enter_barrier();
     arrive();
     ++epoch_all_;
-    if (thread == 0 && n_ranks > 1) {
-        if (rank == 0) {
-            for (size_t r = 1; r < n_ranks; ++r)
-                state_.wait(state_.rank_arrived[r], epoch_all_, 1.5,
-                            [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
-            state_.all_released.value.store(epoch_all_, std::memory_order_release);
-        } else {
-            state_.rank_arrived[rank].value.store(epoch_all_, std::memory_order_release);
-            state_.wait(state_.all_released, epoch_all_, 2, [&] { return late(0, 0, 2 * state_.timeout.count()); });
-        }
+    if (thread == 0) {
+        state_.rank_arrived[rank].value.store(epoch_all_, std::memory_order_release);
+        for (size_t r = 0; r < n_ranks; ++r)
+            state_.wait(state_.rank_arrived[r], epoch_all_, 1.5,
+                        [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
     }
     release();
+    if (timeline) timeline->leave_barrier();
 }
 
 Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move(plan)) {
@@ -179,6 +178,7 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
             std::unique_lock lock(state->mutex);
             if (!state->broken) job = state->job;
             lock.unlock();
+            worker.timeline = nullptr;
             if (job) job(worker);
         } catch (...) {
             state->fail(std::current_exception());

@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "timeline.h"
+
 namespace fourfold {
 
 constexpr size_t kMaxRanks = 64;
@@ -35,8 +37,13 @@ class Team;
 class Worker {
   public:
     const size_t rank, thread, n_ranks, n_threads;  // n_threads: of this rank
+    Timeline* timeline = nullptr;                   // where this job's time is recorded, if the job says so
     void barrier();
     void barrier_all();
+    // Says how an op, or what follows a barrier in it, begins: otherwise as work.
+    void begins_as(Phase phase) {
+        if (timeline) timeline->begins_as(phase);
+    }
 
     // This thread's part of [0, count): contiguous, in units, as even as can be.
     std::pair<size_t, size_t> share(size_t count, size_t unit = 1) const {

@@ -46,7 +46,7 @@ Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, 
 
 bool Weight::inputs_are_cut() const {
     for (const Slice& s : slices_)
-        if (units(s.plan.inputs, kTileK) < tiles_of(k)) return true;
+        if (!s.plan.outputs.empty() && units(s.plan.inputs, kTileK) < tiles_of(k)) return true;
     return false;
 }
 

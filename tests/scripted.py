@@ -14,38 +14,49 @@ from fourfold.config import ModelConfig
 from fourfold.llm import LLM
 from fourfold.tokenizer import Tokenizer
 
-EOS, BOS, VOCAB = 256, 257, 260  # 258 and 259 are padding of the vocabulary
+EOS, BOS, SEP = 256, 257, 258
+N_IDS, VOCAB = 259, 260  # the rest is padding of the vocabulary
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
 class ByteBackend:
-    """Every byte an id, in front of them <bos>; the text <eos> is id 256."""
+    """Every byte an id, in front of them <bos>; the texts <eos> and <sep> are ids of their own."""
 
-    vocab_size = 258
+    vocab_size = N_IDS
     byte_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids = [BOS] if add_special_tokens else []
-        for part in re.split("(<eos>)", text):
-            ids += [EOS] if part == "<eos>" else part.encode()
+        for part in re.split("(<eos>|<sep>)", text):
+            special = self.id_of(part)
+            ids += part.encode() if special is None else [special]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        special = {EOS: b"" if skip_special else b"<eos>", BOS: b"" if skip_special else b"<bos>"}
-        return b"".join(special.get(i, bytes([i % 256])) for i in ids).decode(errors="replace")
+        special = {EOS: b"<eos>", BOS: b"<bos>", SEP: b"<sep>"}
+        texts = (b"" if skip_special and i in special else special.get(i, bytes([i % 256])) for i in ids)
+        return b"".join(texts).decode(errors="replace")
 
     def id_of(self, token: str) -> int | None:
-        return {"<eos>": EOS, "<bos>": BOS}.get(token)
+        return {"<eos>": EOS, "<bos>": BOS, "<sep>": SEP}.get(token)
 
 
 class ScriptedEngine:
     """After any prompt the likeliest ids are those of `script`, then whatever the step's own seed makes likeliest."""
 
-    def __init__(self, script: Sequence[int], *, context: int = 1000, sharpness: float = 50.0) -> None:
-        self.script, self.context, self.sharpness = list(script), context, sharpness
+    def __init__(
+        self,
+        script: Sequence[int],
+        *,
+        context: int = 1000,
+        sharpness: float = 50.0,
+        n_ids: int = N_IDS,
+        vocab: int = VOCAB,
+    ) -> None:
+        self.script, self.context, self.sharpness, self.n_ids = list(script), context, sharpness, n_ids
         self.config = ModelConfig(
             model_type="llama",
-            vocab_size=VOCAB,
+            vocab_size=vocab,
             dim=64,
             n_layers=1,
             n_heads=1,
@@ -70,8 +81,8 @@ class ScriptedEngine:
         calls = self.live[sequence]
         calls.append(list(ids))
         self.fed.append(list(ids))
-        logits = np.random.default_rng(len(calls)).normal(size=VOCAB).astype(np.float32)
-        logits[258:] = 1e6  # padding: never to be sampled
+        logits = np.random.default_rng(len(calls)).normal(size=self.config.vocab_size).astype(np.float32)
+        logits[self.n_ids :] = 1e6  # padding: never to be sampled
         if len(calls) <= len(self.script):
             logits[self.script[len(calls) - 1]] += self.sharpness
         return logits

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import numpy as np
 import pytest
 
 from fourfold import bench, cli
-from fourfold.bench import limits, matrix, model
+from fourfold.bench import conversion, limits, matrix, model, reduction
 from fourfold.checkpoint import open_source
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.machine import read_machine
+from fourfold.models.shapes import SHAPES
 from fourfold.quantize import convert
+from fourfold.synth import synthesize
 from tiny import CONFIG, QWEN2, tensors, write_huggingface
 
 Run = Callable[..., dict[str, Any]]
@@ -49,6 +54,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measure(self: limits.Limits) -> None:
         self._read.append(1.0)
+        self._copy.append(1.0)
         self._peak.append(1.0)
 
     monkeypatch.setattr(limits.Limits, "_measure", measure)
@@ -172,6 +178,63 @@ def test_logits_that_change_have_no_figures(tiny_model: Path, monkeypatch: pytes
         bench.decode(model=str(tiny_model), tokens=2, repeats=2)
 
 
+@pytest.mark.usefixtures("instant")
+def test_a_rank_without_outputs_leaves_the_others_theirs() -> None:
+    for _ in range(20):  # a step checks what came out
+        bench.linear(k=64, n=16, tokens=1, ranks=2, gigabytes=1e-9, repeats=1)
+
+
+needs_two_cpus = pytest.mark.skipif(len(read_machine().nodes[0].usable_cpus) < 2, reason="needs a CPU for each rank")
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_reduce_gives_the_latency_beside_the_hand_over(run: Run, monkeypatch: pytest.MonkeyPatch, n_ranks: int) -> None:
+    monkeypatch.setattr(reduction, "STEPS", 2)
+    monkeypatch.setattr(reduction, "HANDOVERS", 20)
+    if n_ranks > len(read_machine().nodes[0].usable_cpus):
+        with pytest.raises(ResourceError, match=f"{n_ranks} ranks need as many CPUs to be measured, and 2 are usable"):
+            bench.reduce(ranks=n_ranks)
+        return
+    result = run("reduce", "--ranks", str(n_ranks), "--kb", "3", "--repeats", "2")
+    assert (result["bench"], result["ranks"], result["threads"], result["kb"]) == ("reduce", n_ranks, n_ranks, 3)
+    assert result["reductions"] == 2 * 2 * reduction.REDUCTIONS
+    for figure in (result["us"], result["p99_us"], result["of_limit"], *result["limits"].values()):
+        assert is_spread(figure)
+    assert result["us"]["median"] <= result["p99_us"]["median"]
+    assert result["limits"]["round_trip_us"]["min"] < 2 * result["limits"]["handover_us"]["max"]
+
+
+@needs_two_cpus
+def test_a_wrong_sum_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(reduction._Reductions):
+        def __init__(self, plan: Any, width: int) -> None:
+            super().__init__(plan, width)
+            self._truth = self._truth + 1
+
+    monkeypatch.setattr(reduction, "HANDOVERS", 20)
+    monkeypatch.setattr(reduction, "_Reductions", Wrong)
+    with pytest.raises(RuntimeFailure, match="sums are wrong"):
+        bench.reduce(kb=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 1}, "at least 2 ranks"),
+        ({"ranks": 0}, "ranks must be at least 1"),
+        ({"kb": 0}, "kb must be at least 1"),
+        ({"kb": 1 << 40}, "kb must be at most 4096"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"ranks": 60}, "60 ranks need as many CPUs"),
+        ({"ranks": 2, "threads": 1}, "1 threads do not fit 2 ranks"),
+    ],
+)
+def test_reduce_refuses_what_it_cannot_measure(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((UserError, ResourceError), match=message):
+        bench.reduce(**options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,3 +249,62 @@ def test_a_model_is_not_measured_at_what_it_cannot_do(options: dict[str, Any], m
     for measure in (bench.decode, bench.prefill):
         with pytest.raises(UserError, match=message):
             measure(model=str(tiny_model), **options)
+
+
+def test_load_counts_time_and_memory(run: Run, tiny_model: Path) -> None:
+    result = run("load", str(tiny_model), "--repeats", "2", "--threads", "1")
+    assert (result["bench"], result["threads"], result["repeats"]) == ("load", 1, 2)
+    assert result["weight_bytes"] > 40_000
+    for figure in ("seconds", "gb_s", "of_copy"):
+        assert is_spread(result[figure]), figure
+    assert is_spread(result["limits"]["copy_gb_s"])
+    assert result["peak_over_weights"]["min"] >= 0  # so small a model may fit what the process had already
+
+
+def test_a_load_takes_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    """In a process of its own, whose heap is small."""
+    synthesize(
+        replace(SHAPES["llama-1b"], n_layers=4, vocab_size=8192, bos_id=None, eos_ids=()), tmp_path / "model", "nf4"
+    )
+    code = f"""
+from fourfold.bench import limits, loading
+limits.READ_BYTES = 0
+print(loading.load(model={str(tmp_path / "model")!r}, repeats=2)["peak_over_weights"]["median"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert 0.95 < float(done.stdout) < 1.15  # of 136 MB: Python itself grows by some MB
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_load_that_differs_has_no_figures(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, rng = model.Engine.logits, np.random.default_rng(1)
+    monkeypatch.setattr(model.Engine, "logits", lambda *fed: logits(*fed) + rng.random(dtype=np.float32))
+    with pytest.raises(RuntimeFailure, match="different logits"):
+        bench.load(model=str(tiny_model), repeats=2)
+
+
+def test_quantize_gives_its_rate_beside_the_packers_and_the_disks(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(conversion.MADE, "hidden_size", 256)
+    monkeypatch.setitem(conversion.MADE, "intermediate_size", 512)
+    result = run("quantize", "--gigabytes", "0.005", "--repeats", "2", "--format", "int4", "--directory", str(tmp_path))
+    assert (result["bench"], result["format"]) == ("quantize", "int4")
+    layer = 4 * 256 * 256 + 3 * 256 * 512 + 2 * 256
+    n_layers, rest = divmod(result["source_bytes"] // 2 - 2048 * 256 - 256, layer)
+    assert (rest, result["source_bytes"] >= 5e6 > result["source_bytes"] - 2 * layer) == (0, True)
+    assert n_layers > 1
+    assert result["stored_bytes"] == pytest.approx(result["source_bytes"] * 4.13 / 16, rel=0.02)
+    for figure in ("seconds", "gb_s", "of_pack", "of_write"):
+        assert is_spread(result[figure]), figure
+    assert result["gb_s"]["max"] * result["seconds"]["min"] == pytest.approx(result["source_bytes"] / 1e9)
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"gigabytes": 0.0}, "more than 0"), ({"format": "q4"}, "no format 'q4'"), ({"threads": 0}, "threads must be")],
+)
+def test_quantize_refuses_what_it_cannot_do(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bench.quantize(**options)

@@ -96,7 +96,7 @@ def test_json_is_the_last_line(run: Run, answers: Callable[..., None]) -> None:
     [
         ((), b"[user]q[assistant]"),
         (("--system", "be kind"), b"[system]be kind[user]q[assistant]"),
-        (("--chat-template", "yuan-n"), b"q<sep>"),
+        (("--chat-template", "yuan-n"), b"q"),  # and <sep>
         (("--raw",), b"q"),
     ],
 )
@@ -132,6 +132,12 @@ def test_sampling_options_reach_the_sampler(run: Run, answers: Callable[..., Non
         (("run", "-p", "x", ".", "--format", "q4"), "there is no format 'q4'"),
         (("run", "-p", "x", "--ranks", "0"), "ranks must be"),
         (("chat", "--raw"), "a chat needs the chat template"),
+        (
+            ("run", "-p", "x", "/no/such/model", "--chat-template", "yuan"),
+            "no chat template 'yuan'; fourfold has yuan-n,",
+        ),
+        (("chat", "/no/such/model", "--chat-template", "yuan"), "there is no chat template 'yuan'"),
+        (("quantize", ".", "/x", "--tokenizer", "/no/such/place"), "/no/such/place has neither tokenizer.json nor"),
         (("eval", "smollm2"), "give either --text FILE or --ids FILE.npy"),
         (("eval", "smollm2", "--text", "/no/such/file"), "cannot be read as UTF-8 text"),
         (("eval", "smollm2", "--ids", __file__), "cannot be read as a .npy file"),

@@ -22,7 +22,6 @@ from fourfold.checkpoint import Source, open_source
 from fourfold.config import KV_FORMATS
 from fourfold.engine import Engine
 from fourfold.errors import ResourceError, UnsupportedError, UserError
-from fourfold.footprint import kv_page_bytes
 from fourfold.machine import Machine, RankPlan, read_machine
 from fourfold.quantize import convert
 
@@ -35,6 +34,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open_source(tiny.write_huggingface(folder / "source", config, tiny.tensors(config))) as opened:
         convert(opened, folder / "nf4", "nf4")
     return folder / "nf4"
+
+
+@pytest.mark.parametrize("kv", KV_FORMATS)
+def test_long_texts_have_the_same_bits_whoever_takes_which_chunk(tmp_path: Path, kv: str) -> None:
+    """Chunks of 256 positions: one thread takes them all, two share them."""
+    config = tiny.CONFIG | {"max_position_embeddings": 2048}
+    with open_source(tiny.write_huggingface(tmp_path / "source", config, tiny.tensors(config))) as opened:
+        convert(opened, tmp_path / "nf4", "nf4")
+    ids = np.random.default_rng(0).integers(0, 300, 700).tolist()
+    answers = []
+    for threads in (1, 2):
+        engine = Engine(tmp_path / "nf4", ranks=1, threads=threads, kv=kv)
+        sequence = engine.new_sequence()
+        answers.append([engine.extend(sequence, ids), *(engine.extend(sequence, [i]) for i in (5, 6))])
+        engine.close()
+    np.testing.assert_array_equal(*answers)
 
 
 # ---- ranks and kernels
@@ -80,7 +95,7 @@ def test_a_kernel_that_would_not_run_is_refused(
 def test_the_kv_cache_is_counted_as_it_is_laid_out(directory: Path, kv: str, ranks: int) -> None:
     engine = Engine(directory, ranks=ranks, kv=kv, context=100)
     held = {1: 2, 2: 3, 3: 4}[ranks]  # of three ranks the first needs head 0, the second both, the third head 1
-    assert engine._footprint.kv(100) == 2 * 2 * held * kv_page_bytes(kv, 32)  # two pages, two layers
+    assert engine._footprint.kv(100) == 2 * 2 * held * _core.kv_page_bytes(kv, 32)  # two pages, two layers
     assert fourfold.engine.MAX_SEQUENCES * engine._footprint.kv(100) == engine._program.kv_bytes
     bytes_each = {"bf16": 64 * 2, "int8": 64 + 2 * 4, "f32": 64 * 4}[kv]  # a key and a value of 32, and two scales
     assert engine.describe()["kv_bytes_per_token"] == 2 * held * bytes_each
@@ -94,7 +109,7 @@ def test_a_page_of_any_head_is_counted_as_it_is_laid_out(tmp_path: Path, kv: str
     convert(Source(tmp_path, config, tensors, {}, "0", []), tmp_path / "model", "nf4")
     engine = Engine(tmp_path / "model", ranks=1, kv=kv, context=64)
     n_pages = fourfold.engine.MAX_SEQUENCES * config.n_layers * config.n_kv_heads
-    assert engine._program.kv_bytes == n_pages * kv_page_bytes(kv, head_dim)
+    assert engine._program.kv_bytes == n_pages * _core.kv_page_bytes(kv, head_dim)
 
 
 def on(monkeypatch: pytest.MonkeyPatch, change: Callable[[Machine], Machine]) -> None:

@@ -294,7 +294,7 @@ def test_an_unknown_quantization_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
-        ({"magic": b"FUGG"}, CheckpointError, "neither a Hugging Face directory nor a GGUF file"),
+        ({"magic": b"FUGG"}, CheckpointError, "is no GGUF file; of other models give the directory"),
         ({"version": 1}, UnsupportedError, "GGUF version 1"),
         ({"version": 4}, UnsupportedError, "GGUF version 4"),
         ({"version": 3 << 24}, UnsupportedError, "big-endian"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import tiny
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.config import ModelConfig, RopeScaling
 from fourfold.errors import CheckpointError, UnsupportedError
+from fourfold.models import weight_specs
 
+# The keys of the published configs: the 102B's own could not be read, and has its scripts' sizes under the 51B's keys.
 YUAN_102B = {
     "architectures": ["YuanForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_yuan.YuanConfig"},
@@ -45,6 +48,33 @@ YUAN_102B = {
     "transformers_version": "4.30.2",
     "use_cache": True,
 }
+YUAN_51B = YUAN_102B | {"num_hidden_layers": 42}  # does not say tie_word_embeddings
+YUAN_2B = YUAN_102B | {
+    "_from_model_config": True,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 8192,
+    "model_max_length": 8192,
+    "tie_word_embeddings": True,
+    "tokenizer_class": "YuanTokenizer",
+    "use_flash_attention": False,
+}
+M32 = YUAN_2B | {
+    "num_attention_heads": 16,
+    "attention_projection_size": 4096,
+    "moe_config": {"moe_num_experts": 32, "moe_top_k": 2, "ffn_hidden_size": 8192, "gated_linear_unit": True},
+    "use_moe": True,
+    "rotary_percent": 0.5,
+}
+YUAN_3 = M32 | {"vocab_size": 136064, "tie_word_embeddings": False, "rotary_base": 1000000, "use_rope_scaling": False}
+YUAN_3_VISION = {
+    "architectures": ["YuanVLChatModel"],
+    "model_type": "yuanvl",
+    "llm_config": YUAN_3,
+    "vision_config": {"model_type": "intern_vit_6b"},
+}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -74,6 +104,26 @@ def test_yuan_infers_what_its_config_leaves_out() -> None:
         tie_embeddings=True,
         eos_ids=(77185,),
     )
+
+
+@pytest.mark.parametrize(
+    ("raw", "layers", "dim", "heads", "hidden", "context", "parameters", "n_tensors"),
+    [
+        (YUAN_2B, 24, 2048, 32, 8192, 8192, 2_088_724_480, 338),
+        (YUAN_51B, 42, 8192, 64, 32768, 4096, 51_842_105_344, 590),
+        (YUAN_102B, 84, 8192, 64, 32768, 4096, 102_577_954_816, 1178),
+    ],
+)
+def test_the_published_yuan_models_have_their_size(
+    raw: dict[str, Any], layers: int, dim: int, heads: int, hidden: int, context: int, parameters: int, n_tensors: int
+) -> None:
+    c = model_config(raw)
+    assert (c.n_layers, c.dim, c.n_heads, c.head_dim) == (layers, dim, heads, dim // heads)
+    assert (c.hidden_dim, c.max_context, c.vocab_size) == (hidden, context, 135040)
+    assert (c.norm_eps, c.rope_theta, c.tie_embeddings, c.eos_ids) == (1e-6, 10000.0, True, (77185,))
+    shapes = {name: shape for spec in weight_specs(c) for name, shape in spec.rows.source_shapes().items()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+    assert len(shapes) == n_tensors
 
 
 def test_llama_with_every_harmless_habit() -> None:
@@ -162,6 +212,12 @@ def test_qwen2_refuses_a_window_in_use() -> None:
 def test_yuan_refuses_its_later_families_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         model_config(YUAN_102B | change)
+
+
+@pytest.mark.parametrize("raw", [M32, M32 | {"quantization_config": {"bits": 4}}, YUAN_3, YUAN_3_VISION])
+def test_the_later_families_are_told_from_their_configs(raw: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"it belongs to Yuan2-M32 and Yuan 3\.0, and for now fourfold runs the"):
+        model_config(raw)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

@@ -23,9 +23,9 @@ FLOORS = (
     ("errors",),
     ("config", "format", "machine"),
     ("models", "program", "footprint", "rotary"),
-    ("checkpoint", "quantize", "locate"),
+    ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
-    ("engine",),
+    ("engine", "profile", "trace_file"),
     (
         "llm",
         "progress",
@@ -37,7 +37,9 @@ FLOORS = (
         "cli_generate",
         "cli_evaluate",
         "cli_plan",
+        "cli_profile",
         "cli_render",
+        "cli_synth",
         "__init__",
     ),
 )
@@ -67,7 +69,7 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
-    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "team"),
+    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team"),
     ("kernels", "pack", "probe", "weight"),
     ("program", "ops", "ops_attention"),
     ("names", "bindings", "bind_kernels", "bind_machine", "bind_pack", "bind_probe", "bind_program"),

@@ -81,6 +81,55 @@ def test_resumes_after_kill_9(tmp_path: Path, converted: Path, tensors: dict[str
     assert_resumes(dst, converted, tensors, n_finished=9)
 
 
+SHOT = """
+import os, signal, sys
+from pathlib import Path
+import fake_source
+from fourfold import quantize
+
+# The process dies at the given system call of those that reach the disk: before it, or after half of it.
+left = int(sys.argv[2])
+def shot(call, halve):
+    def count(fd, data, *rest):
+        global left
+        left -= 1
+        if left == 0:
+            halve(fd, data[: len(data) // 2], *rest)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(fd, data, *rest)
+    return count
+os.pwrite = shot(os.pwrite, os.pwrite)
+writer = quantize.DirectoryWriter
+append = writer._append
+def half_a_line(self, record):
+    global left
+    left -= 1
+    if left == 0:
+        self._journal.write(b'{"weight": "em')
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, record)
+writer._append = half_a_line
+quantize.PIECE_BYTES = 1 << 15  # many pieces to a weight
+quantize.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "nf4")
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_any_write_it_ends_in_the_same_bytes(tmp_path: Path, converted: Path, seed: int) -> None:
+    rng, dst = np.random.default_rng(seed), tmp_path / "dst"
+    n_finished = [0]
+    for _ in range(40):
+        if (status := child(SHOT, str(dst), str(rng.integers(1, 40))).returncode) == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert not dst.exists()
+        lines = (tmp_path / "dst.partial/journal.jsonl").read_bytes().split(b"\n")[1:-1]
+        n_finished.append(len(lines))
+    assert n_finished == sorted(n_finished)  # nothing that was finished is ever lost
+    assert len(set(n_finished)) > 2
+    assert contents(dst) == contents(converted)
+
+
 def test_resumes_after_an_interrupt(
     tmp_path: Path, converted: Path, tensors: dict[str, fake_source.FakeTensor]
 ) -> None:
@@ -174,6 +223,43 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumes(
     n_finished = len((tmp_path / "dst.partial/journal.jsonl").read_text().splitlines()) - 1
     assert n_finished > 0
     assert_resumes(tmp_path / "dst", converted, tensors, n_finished)
+
+
+def test_a_full_disk_stops_it_and_more_room_lets_it_go_on(tmp_path: Path, converted: Path) -> None:
+    code = """
+import shutil, subprocess, sys
+from pathlib import Path
+import fake_source
+from fourfold import quantize
+from fourfold.errors import ResourceError
+
+dst, n_finished = Path(sys.argv[1]) / "dst", 0
+source = fake_source.source(fake_source.tensors())
+shutil.disk_usage = lambda path: type("Usage", (), {"free": 1 << 40})  # the disk fills up later than it is asked
+for size in ("160k", "240k", "10m"):
+    subprocess.run(["mount", "-o", f"remount,size={size}", dst.parent], check=True)
+    try:
+        quantize.convert(source, dst, "nf4")
+    except ResourceError as error:
+        lines = (Path(f"{dst}.partial") / "journal.jsonl").read_text().count(chr(10))
+        assert lines > n_finished, lines
+        n_finished = lines
+        print(error)
+shutil.copytree(dst, sys.argv[2])
+"""
+    path = tmp_path / "disk"
+    path.mkdir()
+    prelude = """
+import os, subprocess, sys
+inside = "mount -t tmpfs -o size=160k tmpfs $1 && exec $0 -c \\"$2\\" $1 $3"
+os.execvp("unshare", ["unshare", "-rm", "sh", "-c", inside, sys.executable, sys.argv[1], sys.argv[2], sys.argv[3]])
+"""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no disk can be made here: mount namespaces are not permitted")
+    done = child(prelude, str(path), code, str(tmp_path / "copy"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("there is no room to write") == 2
+    assert contents(tmp_path / "copy") == contents(converted)
 
 
 def test_a_limit_on_file_sizes_is_one_sentence(tmp_path: Path) -> None:

@@ -182,7 +182,10 @@ def test_a_token_alone_has_the_same_bits_as_among_others(name: str) -> None:
         assert (run(name, x[:m], matrix) == alone[:m]).all()
 
 
-@pytest.mark.parametrize("fmt", [row["format"] for name, row in ROWS.items() if name.endswith("amx_emulated")])
+EMULATED = {a: [r["format"] for name, r in ROWS.items() if name.endswith(f"{a}_amx_emulated")] for a in ("bf16", "i16")}
+
+
+@pytest.mark.parametrize("fmt", EMULATED["bf16"])
 @pytest.mark.parametrize("other", ["avx512", "amx"])
 def test_emulated_tiles_differ_from_real_arithmetic_by_the_order_of_sums_alone(fmt: str, other: str) -> None:
     for m, n, k in ((1, 17, 65), (17, 40, 320), (33, 100, 576), (64, 16, 1100)):
@@ -193,12 +196,27 @@ def test_emulated_tiles_differ_from_real_arithmetic_by_the_order_of_sums_alone(f
         _compare(f"{fmt} by {other} at {(m, n, k)}", emulated, real, 2 * EPS * (k + 16) * 1.02 * size)
 
 
+@pytest.mark.parametrize("fmt", EMULATED["i16"])
+@pytest.mark.parametrize("tiles_of", ["amx_emulated", "amx"])
+def test_byte_tiles_give_the_bits_of_the_vector_kernel(fmt: str, tiles_of: str) -> None:
+    for m, n, k in ((1, 17, 65), (4, 16, 64), (5, 40, 320), (8, 40, 576), (16, 33, 200), (17, 40, 320), (35, 16, 1100)):
+        matrix, x = some_matrix(fmt, n, k), some_rows(m, k)
+        assert (run(f"linear_{fmt}_i16_{tiles_of}", x, matrix) == run(f"linear_{fmt}_i16_avx512", x, matrix)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "_bf16_amx" in name])
+@pytest.mark.parametrize("shape", [(530, 290, 700), (33, 530, 1100), (520, 16, 1030)])
+def test_tokens_outputs_and_inputs_beyond_one_block_of_tiles(name: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    check(name, some_rows(m, k), some_matrix(ROWS[name]["format"], n, k))
+
+
 # What a step of M tokens runs in the scaled formats, and in bf16, where there is nothing to decode.
 SCALED = {
     "scalar": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_scalar"},
     "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
     "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
-    "amx": {(1, 8, 9, 16): "linear_{}_i16_avx512", (17, 512): "linear_{}_bf16_amx"},
+    "amx": {(1, 4): "linear_{}_i16_avx512", (5, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
 }
 BF16 = SCALED | {
     "avx512": {(1, 8): "linear_{}_f32_avx512", (9, 512): "linear_{}_bf16_avx512"},

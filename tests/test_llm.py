@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from fourfold import LLM, SamplingParams
+from fourfold.chat_template import ChatTemplate
 from fourfold.errors import CheckpointError, UserError
-from scripted import BOS, EOS, VOCAB, scripted_llm
+from fourfold.tokenizer import Tokenizer
+from scripted import BOS, EOS, N_IDS, SEP, VOCAB, ScriptedEngine, scripted_llm
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -61,7 +63,39 @@ def test_chat_renders_the_template_and_adds_no_special_tokens() -> None:
     assert engine.fed[0] == list(b"[user]hi[assistant]")
     assert list(llm.chat_stream(ASK)) == ["y", "o"]
     llm.chat(ASK, template="yuan-n")
-    assert bytes(engine.fed[6]) == b"hi<sep>"
+    assert engine.fed[6] == [*b"hi", SEP]
+
+
+def test_a_template_of_yuan_needs_yuans_separator(shared: Path) -> None:
+    llama = Tokenizer.from_directory(shared / "stories15M")
+    llm = LLM._from_parts(ScriptedEngine([]), llama, None)  # type: ignore[arg-type]
+    for name in ("yuan-n", "yuan-newline"):
+        with pytest.raises(UserError, match=f"chat template {name} writes <sep>, which the model's tokenizer does not"):
+            llm.chat(ASK, template=name)
+
+
+@pytest.mark.parametrize(
+    ("template", "joiner"), [(None, [29966, 29876, 29958]), ("yuan-n", [29966, 29876, 29958]), ("yuan-newline", [13])]
+)
+def test_yuan_asks_separates_and_stops_as_it_was_trained(
+    yuan_tokenizer: Path, template: str | None, joiner: list[int]
+) -> None:
+    """Question, <sep>, answer, <eod>; turns joined in one way or the other; nothing sampled that is no token."""
+    tokenizer, eod, sep = Tokenizer.from_directory(yuan_tokenizer), 77185, 77187
+    answer = tokenizer.encode("北京")
+    engine = ScriptedEngine([*answer, eod], n_ids=tokenizer.vocab_size, vocab=135040)
+    llm = LLM._from_parts(engine, tokenizer, ChatTemplate.from_directory(yuan_tokenizer))  # type: ignore[arg-type]
+    completion = llm.chat(ASK, template=template)
+    assert engine.fed[0] == [*tokenizer.encode("hi"), sep]
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("北京", (*answer, eod), "stop")
+    turns = [*ASK, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "x"}]
+    llm.chat(turns, SamplingParams(max_tokens=1), template=template)
+    prompt = next(fed for fed in engine.fed[1:] if len(fed) > 1)
+    assert prompt[-1] == sep
+    start = len(tokenizer.encode("hi"))
+    assert prompt[start : start + len(joiner)] == joiner
+    hot = SamplingParams(temperature=100, max_tokens=20, seed=3, ignore_eos=True)
+    assert max(llm.chat(ASK, hot, template=template).token_ids) < 134958
 
 
 def test_chat_without_a_template_is_refused() -> None:
@@ -106,7 +140,7 @@ def test_a_seed_repeats_a_text_and_padding_is_never_sampled() -> None:
     params = SamplingParams(temperature=2.0, seed=11, max_tokens=50, ignore_eos=True)
     first, second = llm.generate(["x", "x"], params)
     assert first.token_ids == second.token_ids
-    assert max(first.token_ids) < 258
+    assert max(first.token_ids) < N_IDS
     assert first.token_ids != llm.generate("x", SamplingParams(temperature=2.0, max_tokens=50, seed=12))[0].token_ids
 
 

@@ -297,6 +297,15 @@ def test_copy_bandwidth_counts_the_bytes_that_arrive() -> None:
     assert 0 < copy["median_gb_s"] <= copy["best_gb_s"]
 
 
+@pytest.mark.skipif(len(usable_cpus()) < 2, reason="a hand-over needs two CPUs")
+def test_a_hand_over_takes_longer_with_bytes_than_without() -> None:
+    cpus = usable_cpus()[:2]
+    alone, loaded = (_core.measure_handover(*cpus, n_bytes, 200) for n_bytes in (0, 1 << 20))
+    assert loaded["bytes"] == 1 << 20
+    assert 0 < alone["best_us"] <= alone["median_us"]
+    assert loaded["best_us"] > alone["best_us"]
+
+
 def test_every_peak_of_this_machine_is_measured() -> None:
     kinds = _core.peak_kinds()
     assert ("amx_bf16" in kinds) == ("amx" in read_machine().isas)
@@ -315,6 +324,13 @@ def test_measuring_refuses_what_cannot_be_measured() -> None:
         _core.measure_read_bandwidth([], 1 << 20)
     with pytest.raises(ValueError, match="does not fit"):
         _core.measure_read_bandwidth(cpus, 1 << 60)
+    with pytest.raises(ValueError, match="two CPUs"):
+        _core.measure_handover(cpus[0], cpus[0], 0)
+    with pytest.raises(ValueError, match="may use"):
+        _core.measure_handover(cpus[0], 1023, 0)
+    for n_bytes in (-1, 1 << 60):
+        with pytest.raises(ValueError, match="does not fit"):
+            _core.measure_handover(cpus[0], 1023, n_bytes)
     with pytest.raises(ValueError, match="repetition"):
         _core.measure_copy_bandwidth(cpus, 1 << 20, 0)
 

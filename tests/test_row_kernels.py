@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 EPS = 2.0**-24  # of float32, to nearest
+BF16 = 2.0**-9  # of bfloat16, to nearest
 E_87 = 1.7e-38  # exp() stops here: what is smaller need not be
 SIZES = (1, 7, 15, 16, 17, 48, 64, 100, 576)
 HEAD_DIMS = (8, 16, 48, 64, 80, 128)
@@ -106,9 +107,9 @@ def as_stored(x: Floats, kv: str) -> NDArray[np.float64]:
     return x.astype(np.float64)
 
 
-def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int]) -> Floats:
+def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int], chunk: int = 128) -> Floats:
     out = np.full(q.shape, np.nan, np.float32)
-    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), out)
+    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), chunk, out)
     return out
 
 
@@ -117,12 +118,13 @@ def check_attention(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: li
     keys, values = as_stored(k, kv), as_stored(v, kv)
     for i, n in enumerate(seen):
         query, scale = q[i].astype(np.float64), 1 / np.sqrt(d)
+        rounding = BF16 if kv == "bf16" else 0  # of queries and of softmax weights
         scores = keys[:n] @ query * scale
-        score_error = EPS * (d + 8) * (np.abs(keys[:n]) @ np.abs(query)).max() * scale
+        score_error = (EPS * (d + 8) + rounding) * (np.abs(keys[:n]) @ np.abs(query)).max() * scale
         p = np.exp(scores - scores.max())
         p /= p.sum()
         size = p @ np.abs(values[:n])
-        close(out[i], p @ values[:n], size * (np.expm1(2 * score_error) + EPS * (n + 32)))
+        close(out[i], p @ values[:n], size * (np.expm1(2 * score_error) + rounding + EPS * (n + 32)))
 
 
 @by_isa
@@ -151,6 +153,15 @@ def test_a_query_among_others_has_the_same_answer_whoever_they_are(isa: str, kv:
     together = attend(isa, kv, q, k, v, [20, 64, 65, 150])
     others = attend(isa, kv, np.stack([q[0], *numbers(3, 64, seed=9)]), k, v, [20, 100, 120, 130])
     assert (together[0] == others[0]).all()
+
+
+@by_isa
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
+def test_chunks_only_change_the_order_of_sums(isa: str, kv: str) -> None:
+    q, k, v, seen = numbers(6, 64), numbers(700, 64, seed=1), numbers(700, 64, seed=2), [1, 64, 65, 300, 511, 700]
+    for chunk in (64, 192, 256, 704):
+        out = attend(isa, kv, q, k, v, seen, chunk)
+        close(out, attend(isa, kv, q, k, v, seen, 1024), 2000 * EPS * np.abs(v).max())
 
 
 @by_isa

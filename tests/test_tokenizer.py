@@ -23,12 +23,8 @@ TEXTS = ["hello world", "你好，世界 👋🏽!", " two  spaces ", "naïve\nc
 
 
 @pytest.fixture(scope="module")
-def yuan(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    root = tmp_path_factory.mktemp("yuan")
-    for file in (shared / "yuan-tokenizer").iterdir():
-        shutil.copy(file, root)
-    (root / "config.json").write_text('{"model_type": "yuan", "eos_token_id": 77185, "bos_token_id": 77185}')
-    return Tokenizer.from_directory(root)
+def yuan(yuan_tokenizer: Path) -> Tokenizer:
+    return Tokenizer.from_directory(yuan_tokenizer)
 
 
 @pytest.fixture(scope="module")

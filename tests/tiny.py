@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, TokenType
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -98,6 +98,14 @@ def tensors(config: dict[str, Any]) -> Tensors:
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], dim)
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def golden(shared: Path, name: str) -> tuple[dict[str, Any], Tensors]:
+    """The config and the weights of a golden, without the copy of its embedding and its rotary frequencies."""
+    path = shared / "golden" / name
+    weights = load_file(path / "model.safetensors")
+    needed = {n: weight for n, weight in weights.items() if n != "lm_head.weight" and not n.endswith("inv_freq")}
+    return json.loads((path / "config.json").read_text()), needed
 
 
 def write_huggingface(path: Path, config: dict[str, Any], weights: Tensors, shards: int = 1) -> Path:

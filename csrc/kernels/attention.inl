@@ -3,137 +3,188 @@
 //   scores[i][p] = scale * q[i] . key[p],   out[i] = sum over p of softmax(scores[i])[p] * value[p],   p <
 //   n_positions[i]
 //
-//   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867)
+//   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867); every query
+//   that
+//              shares the head takes a page before the next, so that memory is read once
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
-//   registers  4 queries x 2 vectors of sums: each load of a key or value serves 4 queries
-//   bound      one token: memory, as every key and value is read once; prompts: fma
+//   registers  up to 4 queries x kColumns vectors of sums: each load of a key or value serves 4 queries
+//   bound      one token: memory, as every key and value is read once, the next page asked for meanwhile; prompts: the
+//              products, 2 a lane and operation in bf16
+//   accuracy   bf16: queries and softmax weights are rounded to bfloat16 as keys and values are, sums in float32;
+//              int8: float32 products of what is stored; f32: float32 throughout
 
 constexpr size_t kQuad = 4;
+constexpr size_t kColumns = kLanes == 16 ? 4 : 2;  // vectors
 
+// What a page's elements are multiplied with: float32, or pairs of bfloat16 for pages of those.
 template <KvFormat F>
-inline Vec load_kv(const uint8_t* p, size_t i) {
-    if constexpr (F == KvFormat::f32) return load(reinterpret_cast<const float*>(p) + i);
-    if constexpr (F == KvFormat::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + i);
-    return load_int8(reinterpret_cast<const int8_t*>(p) + i);
+using Factor = std::conditional_t<F == KvFormat::bf16, uint32_t, float>;
+
+inline uint32_t bf16_pair(float even, float odd) { return to_bf16(even) | static_cast<uint32_t>(to_bf16(odd)) << 16; }
+
+// n floats as factors, in place where they are to be floats.
+template <KvFormat F>
+inline const Factor<F>* as_factors(float* x, size_t n) {
+    if constexpr (F == KvFormat::bf16) {
+        auto* pairs = reinterpret_cast<uint32_t*>(x);
+        for (size_t i = 0; i < n; i += 2) {
+            const uint32_t pair = bf16_pair(x[i], i + 1 < n ? x[i + 1] : 0);
+            std::memcpy(&pairs[i / 2], &pair, 4);
+        }
+        return pairs;
+    } else {
+        return x;
+    }
 }
 
-// Dot products of N rows `a` (of `depth` floats, a_step apart) with columns [c0, c0 + 2 kLanes) of a (depth, width)
-// matrix.
-template <KvFormat F, size_t N>
-inline void times_page(const float* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
-                       Vec (&sums)[N][2]) {
+// Adds the products of N rows `a` (`depth` factors each) with columns [c0, c0 + C kLanes) of a (depth, width) matrix to
+// sums. The same bytes of the next matrix, `ahead` bytes further on, are prefetched where it is not 0.
+template <KvFormat F, size_t N, size_t C>
+inline void times_page(const Factor<F>* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
+                       ptrdiff_t ahead, Vec (&sums)[N][C]) {
+    constexpr size_t kBytes = F == KvFormat::int8 ? 1 : 4;  // a lane
     for (size_t k = 0; k < depth; ++k) {
-        const Vec v0 = load_kv<F>(matrix, k * width + c0), v1 = load_kv<F>(matrix, k * width + c0 + kLanes);
-        for (size_t i = 0; i < N; ++i) {
-            const Vec x = set1(a[i][k]);
-            sums[i][0] = fma(x, v0, sums[i][0]);
-            sums[i][1] = fma(x, v1, sums[i][1]);
+        const uint8_t* at = matrix + (k * width + c0) * kBytes;
+        for (size_t b = 0; ahead && b < C * kLanes * kBytes; b += 64) __builtin_prefetch(at + ahead + b, 0, 2);
+        for (size_t c = 0; c < C; ++c) {
+            const uint8_t* v = at + c * kLanes * kBytes;
+            if constexpr (F == KvFormat::bf16) {
+                for (size_t i = 0; i < N; ++i)
+                    sums[i][c] = add_pairs(sums[i][c], reinterpret_cast<const uint32_t*>(v), a[i][k]);
+            } else {
+                const Vec x = F == KvFormat::f32 ? load(reinterpret_cast<const float*>(v))
+                                                 : load_int8(reinterpret_cast<const int8_t*>(v));
+                for (size_t i = 0; i < N; ++i) sums[i][c] = fma(set1(a[i][k]), x, sums[i][c]);
+            }
         }
     }
 }
 
-// One page for N queries: scores, softmax update, values.
-template <KvFormat F, size_t N>
-inline void attend_page(const AttendArgs& a, size_t first, const uint8_t* page, size_t position, float* sums,
-                        float* scores, float* highest, float* weight) {
-    const size_t dp = KvPage::padded(a.d);
-    const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
-    const float* const* q = a.q + first;
-    size_t seen = 0;  // positions of this page that the last, furthest-seeing query sees
-    for (size_t i = 0; i < N; ++i) {
-        const size_t limit = a.n_positions[first + i];
-        const size_t n = limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
-        seen = n > seen ? n : seen;
+// The scores of one page become its weights exp(score - highest), zero beyond `n` positions; returns by how much what
+// was summed before shrinks. `highest` and `total` go on.
+template <KvFormat F>
+inline float soften(float* s, size_t n, const float* value_scales, float& highest, float& total) {
+    for (size_t p = n; p < kPage; ++p) s[p] = -INFINITY;
+    Vec most = set1(highest);
+    for (size_t p = 0; p < kPage; p += kLanes) most = max(most, load(s + p));
+    const float top = largest(most), shrink = std::exp(highest - top);
+    Vec sums = zero();
+    for (size_t p = 0; p < kPage; p += kLanes) {
+        const Vec e = exp(sub(load(s + p), set1(top)));
+        store(s + p, e);
+        if (p + kLanes <= n) sums = add(sums, e);
     }
-    for (size_t c = 0; c < kPage; c += 2 * kLanes) {
-        Vec dots[N][2];
-        for (auto& pair : dots) pair[0] = pair[1] = zero();
-        if (c < seen) times_page<F, N>(q, a.d, page, kPage, c, dots);
-        for (size_t half = 0; half < 2; ++half) {
-            const size_t at = c + half * kLanes;
+    float rest = 0;
+    for (size_t p = n / kLanes * kLanes; p < n; ++p) rest += s[p];
+    for (size_t p = n; p < kPage; ++p) s[p] = 0;
+    total = total * shrink + sum(sums) + rest;
+    highest = top;
+    if (F == KvFormat::int8)
+        for (size_t p = 0; p < kPage; p += kLanes) store(s + p, mul(load(s + p), load(value_scales + p)));
+    return shrink;
+}
+
+// Positions of the page at `position` that query i sees.
+inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
+    const size_t limit = a.n_positions[i] < a.end ? a.n_positions[i] : a.end;
+    return limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
+}
+
+// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values.
+template <KvFormat F, size_t N>
+void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, const uint8_t* page, ptrdiff_t ahead,
+                 size_t position) {
+    constexpr size_t kPair = F == KvFormat::bf16 ? 2 : 1;  // elements a factor
+    const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
+    const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
+    float* const scores = a.scratch;
+    float* const sums = a.partial + first * step;
+    const size_t seen = seen_of(a, first + N - 1, position);  // the last query sees furthest
+    for (size_t c = 0; c < kPage; c += kColumns * kLanes) {
+        Vec dots[N][kColumns];
+        for (auto& row : dots)
+            for (Vec& v : row) v = zero();
+        if (c < seen) times_page<F, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
+        for (size_t j = 0; j < kColumns; ++j) {
+            const size_t at = c + j * kLanes;
             const Vec factor = F == KvFormat::int8 ? mul(set1(a.scale), load(key_scales + at)) : set1(a.scale);
-            for (size_t i = 0; i < N; ++i) store(scores + i * kPage + at, mul(dots[i][half], factor));
+            for (size_t i = 0; i < N; ++i) store(scores + i * kPage + at, mul(dots[i][j], factor));
         }
     }
+    const Factor<F>* weights[N];
     for (size_t i = 0; i < N; ++i) {
         float* s = scores + i * kPage;
-        const size_t limit = a.n_positions[first + i];
-        const size_t n = limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
-        for (size_t p = n; p < kPage; ++p) s[p] = -INFINITY;
-        if (n == 0) {
+        float* own = sums + i * step;
+        if (const size_t n = seen_of(a, first + i, position); n > 0) {
+            const float shrink = soften<F>(s, n, key_scales + kPage, own[dp], own[dp + 1]);
+            for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
+        } else {
             std::memset(s, 0, kPage * sizeof(float));
-            continue;
         }
-        Vec most = set1(highest[i]);
-        for (size_t p = 0; p < kPage; p += kLanes) most = max(most, load(s + p));
-        const float top = largest(most), shrink = std::exp(highest[i] - top);
-        Vec total = zero();
-        for (size_t p = 0; p < kPage; p += kLanes) {
-            const Vec e = exp(sub(load(s + p), set1(top)));
-            store(s + p, e);
-            if (p + kLanes <= n) total = add(total, e);
-        }
-        float rest = 0;
-        for (size_t p = n / kLanes * kLanes; p < n; ++p) rest += s[p];
-        for (size_t p = n; p < kPage; ++p) s[p] = 0;
-        weight[i] = weight[i] * shrink + sum(total) + rest;
-        highest[i] = top;
-        if (F == KvFormat::int8)
-            for (size_t p = 0; p < kPage; p += kLanes) store(s + p, mul(load(s + p), load(key_scales + kPage + p)));
-        for (size_t d = 0; d < dp; d += kLanes) store(sums + i * dp + d, mul(load(sums + i * dp + d), set1(shrink)));
+        weights[i] = as_factors<F>(s, kPage);
     }
-    const float* weights[N];
-    for (size_t i = 0; i < N; ++i) weights[i] = scores + i * kPage;
     const uint8_t* values = page + KvPage::values_offset(F, a.d);
-    constexpr size_t kStep = 2 * kLanes;
+    const auto add_values = [&]<size_t C>(std::integral_constant<size_t, C>, size_t d) {
+        Vec out[N][C];
+        for (size_t i = 0; i < N; ++i)
+            for (size_t c = 0; c < C; ++c) out[i][c] = load(sums + i * step + d + c * kLanes);
+        times_page<F, N>(weights, (seen + kPair - 1) / kPair, values, dp, d, ahead, out);
+        for (size_t i = 0; i < N; ++i)
+            for (size_t c = 0; c < C; ++c) store(sums + i * step + d + c * kLanes, out[i][c]);
+    };
     size_t d = 0;
-    for (; d + kStep <= dp; d += kStep) {
-        Vec out[N][2];
-        for (size_t i = 0; i < N; ++i)
-            out[i][0] = load(sums + i * dp + d), out[i][1] = load(sums + i * dp + d + kLanes);
-        times_page<F, N>(weights, seen, values, dp, d, out);
-        for (size_t i = 0; i < N; ++i)
-            store(sums + i * dp + d, out[i][0]), store(sums + i * dp + d + kLanes, out[i][1]);
-    }
-    for (; d < dp; d += kLanes)  // one vector is left where 16 lanes meet an odd multiple of 16
-        for (size_t i = 0; i < N; ++i) {
-            Vec out = load(sums + i * dp + d);
-            for (size_t p = 0; p < seen; ++p) out = fma(set1(weights[i][p]), load_kv<F>(values, p * dp + d), out);
-            store(sums + i * dp + d, out);
-        }
-}
-
-template <KvFormat F, size_t N>
-void attend_group(const AttendArgs& a, size_t first) {
-    const size_t dp = KvPage::padded(a.d);
-    float* sums = a.scratch;
-    float* scores = a.scratch + N * dp;
-    float highest[N], weight[N];
-    size_t last = 0;
-    for (size_t i = 0; i < N; ++i) {
-        highest[i] = -INFINITY;
-        weight[i] = 0;
-        last = a.n_positions[first + i] > last ? a.n_positions[first + i] : last;
-    }
-    std::memset(sums, 0, N * dp * sizeof(float));
-    for (size_t position = 0; position < last; position += kPage)
-        attend_page<F, N>(a, first, a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride,
-                          position, sums, scores, highest, weight);
-    for (size_t i = 0; i < N; ++i)
-        for (size_t d = 0; d < a.d; ++d) a.out[first + i][d] = sums[i * dp + d] / weight[i];
+    for (; d + kColumns * kLanes <= dp; d += kColumns * kLanes)
+        add_values(std::integral_constant<size_t, kColumns>{}, d);
+    for (; d < dp; d += kLanes) add_values(std::integral_constant<size_t, 1>{}, d);
 }
 
 template <KvFormat F>
 void attend_format(const AttendArgs& a) {
-    size_t i = 0;
-    for (; i + kQuad <= a.n_queries; i += kQuad) attend_group<F, kQuad>(a, i);
-    for (; i < a.n_queries; ++i) attend_group<F, 1>(a, i);
+    const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
+    const Factor<F>* q[kAttendQueries];
+    for (size_t i = 0; i < a.n_queries; ++i) {
+        std::memset(a.partial + i * step, 0, step * sizeof(float));
+        a.partial[i * step + dp] = -INFINITY;
+        float* own = a.scratch + kQuad * kPage + i * dp;
+        std::memcpy(own, a.q[i], a.d * sizeof(float));
+        q[i] = as_factors<F>(own, a.d);
+    }
+    const auto page_at = [&](size_t position) {
+        return a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride;
+    };
+    for (size_t position = a.begin; position < a.end; position += kPage) {
+        const uint8_t* page = page_at(position);
+        const ptrdiff_t ahead = position + kPage < a.end_ahead ? page_at(position + kPage) - page : 0;
+        for (size_t i = 0; i < a.n_queries; i += kQuad) {
+            const size_t n = a.n_queries - i < kQuad ? a.n_queries - i : kQuad;
+            const auto take = n == 4   ? attend_page<F, 4>
+                              : n == 3 ? attend_page<F, 3>
+                              : n == 2 ? attend_page<F, 2>
+                                       : attend_page<F, 1>;
+            take(a, i, q + i, page, i ? 0 : ahead, position);
+        }
+    }
 }
 
 void attend(const AttendArgs& a) {
     if (a.format == KvFormat::bf16) return attend_format<KvFormat::bf16>(a);
     if (a.format == KvFormat::int8) return attend_format<KvFormat::int8>(a);
     return attend_format<KvFormat::f32>(a);
+}
+
+void merge(const float* partials, size_t n, size_t stride, size_t d, float* out) {
+    const size_t dp = KvPage::padded(d);
+    float highest = -INFINITY, total = 0;
+    for (size_t c = 0; c < n; ++c) highest = std::fmax(highest, partials[c * stride + dp]);
+    for (size_t i = 0; i < d; ++i) out[i] = 0;
+    for (size_t c = 0; c < n; ++c) {
+        const float* own = partials + c * stride;
+        if (own[dp + 1] == 0) continue;  // it saw none of this chunk
+        const float factor = std::exp(own[dp] - highest);
+        total += own[dp + 1] * factor;
+        for (size_t i = 0; i < d; ++i) out[i] += own[i] * factor;
+    }
+    for (size_t i = 0; i < d; ++i) out[i] /= total;
 }
 
 // Largest magnitude over 127, and its inverse.
@@ -144,6 +195,8 @@ inline float int8_scale(const float* x, size_t d, float* inverse) {
     return most / 127.0f;
 }
 
+inline uint8_t int8_code(float x) { return static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x))); }
+
 void kv_store(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v) {
     const size_t dp = KvPage::padded(d);
     uint8_t* values = page + KvPage::values_offset(format, d);
@@ -152,20 +205,32 @@ void kv_store(KvFormat format, uint8_t* page, size_t slot, size_t d, const float
         float k_inverse, v_inverse;
         scales[slot] = int8_scale(k, d, &k_inverse);
         scales[kPage + slot] = int8_scale(v, d, &v_inverse);
-        for (size_t i = 0; i < d; ++i)
-            page[i * kPage + slot] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(k[i] * k_inverse)));
-        for (size_t i = 0; i < dp; ++i)
-            values[slot * dp + i] =
-                i < d ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(v[i] * v_inverse))) : 0;
+        for (size_t i = 0; i < d; ++i) page[i * kPage + slot] = int8_code(k[i] * k_inverse);
+        for (size_t i = 0; i < dp; ++i) values[slot * dp + i] = i < d ? int8_code(v[i] * v_inverse) : 0;
     } else if (format == KvFormat::bf16) {
         auto* keys = reinterpret_cast<uint16_t*>(page);
-        auto* rows = reinterpret_cast<uint16_t*>(values);
-        for (size_t i = 0; i < d; ++i) keys[i * kPage + slot] = to_bf16(k[i]);
-        for (size_t i = 0; i < dp; ++i) rows[slot * dp + i] = i < d ? to_bf16(v[i]) : 0;
+        auto* rows = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2 + slot % 2;
+        for (size_t i = 0; i < d + d % 2; ++i) keys[(i / 2 * kPage + slot) * 2 + i % 2] = i < d ? to_bf16(k[i]) : 0;
+        for (size_t i = 0; i < dp; ++i) rows[i * 2] = i < d ? to_bf16(v[i]) : 0;
     } else {
         auto* keys = reinterpret_cast<float*>(page);
         auto* rows = reinterpret_cast<float*>(values);
         for (size_t i = 0; i < d; ++i) keys[i * kPage + slot] = k[i];
         for (size_t i = 0; i < dp; ++i) rows[slot * dp + i] = i < d ? v[i] : 0;
     }
+}
+
+// Element by element, so that other threads may store the slots before meanwhile.
+void kv_clear(KvFormat format, uint8_t* page, size_t slot, size_t d) {
+    const size_t dp = KvPage::padded(d), element = KvPage::element_bytes(format);
+    const size_t pair = format == KvFormat::bf16 ? 2 : 1;  // neighbours in a lane
+    uint8_t* values = page + KvPage::values_offset(format, d);
+    for (size_t i = 0; i < d; i += pair)
+        std::memset(page + (i * kPage + slot * pair) * element, 0, (kPage - slot) * pair * element);
+    if (slot % pair) {
+        auto* odd = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2 + 1;
+        for (size_t i = 0; i < dp; ++i) odd[i * 2] = 0;
+        ++slot;
+    }
+    std::memset(values + slot * dp * element, 0, (kPage - slot) * dp * element);
 }

@@ -46,35 +46,30 @@ inline __m512i bf16_pairs(__m512 even, __m512 odd) {
     return _mm512_permutexvar_epi16(interleave, halves);
 }
 
-// One tile as a bf16 tile (format.h): 32 vectors of 16 pairs, scaled. `out` is 2048 bytes, 64-byte aligned.
+// Group g of 8 inputs of a tile as its 4 vectors of a bf16 tile (format.h), scaled; `out` is the tile, 64-byte aligned.
 template <Format F>
-inline void tile_to_bf16(const uint8_t* codes, const uint8_t* scales, __m512 panel_scale, uint8_t* out) {
-    auto* to = reinterpret_cast<__m512i*>(out);
-    const __m512 scale = tile_scales(scales, panel_scale);
+inline void group_to_bf16(const uint8_t* codes, __m512 scale, size_t g, uint8_t* out) {
+    auto* to = reinterpret_cast<__m512i*>(out) + g * 4;
     if constexpr (F == Format::int8) {
         const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127.0f));
-        for (size_t g = 0; g < 8; ++g) {
-            const __m512i a = load64(codes + g * 128), b = load64(codes + g * 128 + 64);  // inputs 0-3, 4-7
-            const auto pair = [&](__m512 even, __m512 odd) {
-                return bf16_pairs(_mm512_mul_ps(step, even), _mm512_mul_ps(step, odd));
-            };
-            to[g * 4 + 0] = pair(signed_byte<0>(a), signed_byte<2>(a));
-            to[g * 4 + 1] = pair(signed_byte<0>(b), signed_byte<2>(b));
-            to[g * 4 + 2] = pair(signed_byte<1>(a), signed_byte<3>(a));
-            to[g * 4 + 3] = pair(signed_byte<1>(b), signed_byte<3>(b));
-        }
+        const __m512i a = load64(codes + g * 128), b = load64(codes + g * 128 + 64);  // inputs 0-3, 4-7
+        const auto pair = [&](__m512 even, __m512 odd) {
+            return bf16_pairs(_mm512_mul_ps(step, even), _mm512_mul_ps(step, odd));
+        };
+        to[0] = pair(signed_byte<0>(a), signed_byte<2>(a));
+        to[1] = pair(signed_byte<0>(b), signed_byte<2>(b));
+        to[2] = pair(signed_byte<1>(a), signed_byte<3>(a));
+        to[3] = pair(signed_byte<1>(b), signed_byte<3>(b));
     } else {
         const __m512 table = _mm512_loadu_ps(codebook(F).data());
-        for (size_t g = 0; g < 8; ++g) {
-            const __m512i v = load64(codes + g * 64);
-            const auto pair = [&](__m512 even, __m512 odd) {
-                return bf16_pairs(_mm512_mul_ps(scale, even), _mm512_mul_ps(scale, odd));
-            };
-            to[g * 4 + 0] = pair(nibble<0>(table, v), nibble<4>(table, v));
-            to[g * 4 + 1] = pair(nibble<1>(table, v), nibble<5>(table, v));
-            to[g * 4 + 2] = pair(nibble<2>(table, v), nibble<6>(table, v));
-            to[g * 4 + 3] = pair(nibble<3>(table, v), nibble<7>(table, v));
-        }
+        const __m512i v = load64(codes + g * 64);
+        const auto pair = [&](__m512 even, __m512 odd) {
+            return bf16_pairs(_mm512_mul_ps(scale, even), _mm512_mul_ps(scale, odd));
+        };
+        to[0] = pair(nibble<0>(table, v), nibble<4>(table, v));
+        to[1] = pair(nibble<1>(table, v), nibble<5>(table, v));
+        to[2] = pair(nibble<2>(table, v), nibble<6>(table, v));
+        to[3] = pair(nibble<3>(table, v), nibble<7>(table, v));
     }
 }
 
@@ -86,21 +81,6 @@ inline void by_rows(size_t m, F f) {
     if (i + 4 <= m) f(std::integral_constant<size_t, 4>{}, i), i += 4;
     if (i + 2 <= m) f(std::integral_constant<size_t, 2>{}, i), i += 2;
     if (i < m) f(std::integral_constant<size_t, 1>{}, i);
-}
-
-// Tiles [t0, t1) of a panel as bf16 tiles; bf16 weights are used where they lie.
-template <Format F>
-inline const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, size_t k_tiles, size_t t0, size_t t1,
-                                    uint8_t* scratch) {
-    if constexpr (F == Format::bf16) {
-        return panel + code_offset(F, t0, k_tiles);
-    } else {
-        const __m512 unit = _mm512_set1_ps(panel_scale);
-        for (size_t t = t0; t < t1; ++t)
-            tile_to_bf16<F>(panel + code_offset(F, t, k_tiles), panel + scale_offset(F, t), unit,
-                            scratch + (t - t0) * code_bytes(Format::bf16));
-        return scratch;
-    }
 }
 
 }  // namespace

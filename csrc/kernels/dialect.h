@@ -1,12 +1,15 @@
 // The vector dialect: the small vocabulary that rowwise.inl and attention.inl are written in. A file defines one of the
 // three below by its flags, in an anonymous namespace, so that no two ISAs share a symbol.
 //
-//   kLanes floats a Vec; load and store need no alignment; fma(a, b, c) = a * b + c
-//   exp is within 2 units in the last place for x <= 0 (all it is used for), and exp(-87) = 1.6e-38 below -87
+//   kLanes floats a Vec; add_pairs adds the
+//   products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in its own order; load and
+//   store need no alignment; fma(a, b, c) = a * b + c exp is within 2 units in the last place for x <= 0 (all it is
+//   used for), and exp(-87) = 1.6e-38 below -87
 #pragma once
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/kernels.h"
 
@@ -32,9 +35,9 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-inline Vec load_bf16(const uint16_t* p) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)),
+                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x))));
 }
 inline Vec load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -59,9 +62,13 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-inline Vec load_bf16(const uint16_t* p) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+    const auto even = [](__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); };
+    const auto odd = [&](__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, high)); };
+    const __m256i both = _mm256_set1_epi32(static_cast<int>(x));
+    return _mm256_fmadd_ps(odd(v), odd(both), _mm256_fmadd_ps(even(v), even(both), sum));
 }
 inline Vec load_int8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -97,7 +104,11 @@ inline Vec zero() { return 0; }
 inline Vec set1(float x) { return x; }
 inline Vec load(const float* p) { return *p; }
 inline void store(float* p, Vec v) { *p = v; }
-inline Vec load_bf16(const uint16_t* p) { return std::bit_cast<float>(static_cast<uint32_t>(*p) << 16); }
+inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
+    const auto even = [](uint32_t pair) { return std::bit_cast<float>(pair << 16); };
+    const auto odd = [](uint32_t pair) { return std::bit_cast<float>(pair & 0xFFFF0000); };
+    return sum + even(*p) * even(x) + odd(*p) * odd(x);
+}
 inline Vec load_int8(const int8_t* p) { return *p; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }

@@ -53,7 +53,7 @@ struct LinearArgs {
     size_t y_stride;   // floats
     uint8_t* scratch;  // kLinearScratchBytes, 64-byte aligned, this thread's own
 };
-constexpr size_t kLinearScratchBytes = 128 * 1024;
+constexpr size_t kLinearScratchBytes = 640 * 1024;
 
 using LinearFn = void (*)(const LinearArgs&);
 
@@ -84,35 +84,48 @@ constexpr size_t kPage = 64;  // positions a KV page
 enum class KvFormat : uint8_t { bf16, int8, f32 };
 constexpr std::string_view kKvNames[] = {"bf16", "int8", "f32"};
 
-// One page of one KV head: keys transposed so that positions are lanes, values by rows.
-//   keys (D, 64), values (64, Dp) with Dp = D rounded up to 16;   int8: then 64 float32 key scales, 64 value scales
+// One page of one KV head: keys transposed so that positions are lanes, values by rows. Dp is D rounded up to 16.
+//   bf16   keys (D/2, 64, 2), values (32, Dp, 2): two neighbours in the summed direction share a 32-bit lane, as dot
+//          products and AMX tiles of bfloat16 take them
+//   int8   keys (D, 64), values (64, Dp), then 64 float32 key scales, 64 value scales;   f32: keys (D, 64), values (64,
+//   Dp)
+// Whoever stores the first positions of a page clears those after, so that it holds nothing but what its sequence
+// wrote.
 struct KvPage {
     static constexpr size_t element_bytes(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::bf16 ? 2 : 1; }
     static constexpr size_t padded(size_t d) { return (d + 15) / 16 * 16; }
-    static constexpr size_t values_offset(KvFormat f, size_t d) { return d * kPage * element_bytes(f); }
-    static constexpr size_t scales_offset(KvFormat f, size_t d) { return (d + padded(d)) * kPage * element_bytes(f); }
+    static constexpr size_t values_offset(KvFormat f, size_t d) { return (d + d % 2) * kPage * element_bytes(f); }
+    static constexpr size_t scales_offset(KvFormat f, size_t d) {
+        return values_offset(f, d) + padded(d) * kPage * element_bytes(f);
+    }
     static constexpr size_t bytes(KvFormat f, size_t d) {
         const size_t scales = f == KvFormat::int8 ? 2 * kPage * sizeof(float) : 0;
         return (scales_offset(f, d) + scales + 63) / 64 * 64;
     }
 };
 
-// Softmax attention of a few queries that share one KV head.
+// Softmax attention of a few queries that share one KV head, over one chunk of positions. Chunks have fixed bounds, and
+// are merged in their order: a query's answer is the same bits whoever computes which chunk, alone or among others.
 constexpr size_t kAttendQueries = 16;
 struct AttendArgs {
     size_t n_queries;                    // 1 .. kAttendQueries
     const float* q[kAttendQueries];      // (D) each, rotated
     size_t n_positions[kAttendQueries];  // query i sees positions 0 .. n_positions[i] - 1, at least one; ascending
-    float* out[kAttendQueries];          // (D) each
     const uint8_t* pages;                // the head's first page of this layer
     size_t page_stride;                  // bytes from page to page
     const int32_t* page_table;           // position p lies in page page_table[p / kPage]
+    size_t begin, end;  // the chunk's positions; begin is a multiple of kPage, end at most what the last sees
+    size_t end_ahead;   // pages before this position may be prefetched
     size_t d;
     float scale;  // of the scores, 1 / sqrt(D)
     KvFormat format;
-    float* scratch;  // kAttendScratchFloats(d), 64-byte aligned
+    float* partial;  // out: a Partial of each query, one after another
+    float* scratch;  // attend_scratch_floats(d), 64-byte aligned
 };
-constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (KvPage::padded(d) + kPage); }
+// What a chunk leaves of a query: Dp sums of exp(score - highest) * value, then highest, then the sum of
+// exp(score - highest), which is 0 where the query saw none of the chunk.
+constexpr size_t attend_partial_floats(size_t d) { return KvPage::padded(d) + 16; }
+constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (kPage + KvPage::padded(d)); }
 
 struct RowKernels {
     Isa isa;
@@ -126,8 +139,12 @@ struct RowKernels {
     void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n,
                       float* y);
     void (*attend)(const AttendArgs&);
+    // out (D) of one query from its n partials, `stride` floats apart, in the order of their chunks.
+    void (*merge)(const float* partials, size_t n, size_t stride, size_t d, float* out);
     // Writes one position of one KV head: k and v are (D) float32.
     void (*kv_store)(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v);
+    // Zeros positions slot .. kPage - 1; touches no byte of those before.
+    void (*kv_clear)(KvFormat format, uint8_t* page, size_t slot, size_t d);
     // Packs tiles [t0, t1) of rows [m0, m1) of x (rows x_stride floats apart, K = k valid columns) for linear kernels.
     // m0 and m1 may run to M rounded up to 16 for bf16, whose rows from M on are written as zeros.
     void (*pack)(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0,

@@ -17,6 +17,23 @@ namespace {
 
 constexpr size_t kBlockTiles = 8;  // 512 inputs
 
+// Tiles [t0, t1) of a panel as bf16 tiles; bf16 weights are used where they lie.
+template <Format F>
+const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, size_t k_tiles, size_t t0, size_t t1,
+                             uint8_t* scratch) {
+    if constexpr (F == Format::bf16) {
+        return panel + code_offset(F, t0, k_tiles);
+    } else {
+        for (size_t t = t0; t < t1; ++t) {
+            const __m512 scale = tile_scales(panel + scale_offset(F, t), _mm512_set1_ps(panel_scale));
+            for (size_t g = 0; g < 8; ++g)
+                group_to_bf16<F>(panel + code_offset(F, t, k_tiles), scale, g,
+                                 scratch + (t - t0) * code_bytes(Format::bf16));
+        }
+        return scratch;
+    }
+}
+
 // y[r][n] (+)= over the tiles of a block; x is A tiles of this 16-row band, w bf16 tiles. Only `rows` rows are stored.
 void multiply(const uint8_t* x, const uint8_t* w, size_t tiles, float* y, size_t y_stride, size_t rows, bool first) {
     __m512 sums[16];

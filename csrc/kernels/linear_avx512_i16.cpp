@@ -6,47 +6,21 @@
 //
 //   lanes      the 16 outputs of a panel; one vpdpbusd sums 4 inputs of each
 //   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes, and per row 4 dot products;
-//              per tile (1,024 weights) the scale and 6 operations a row. vpermb reads 6 bits of an index: the table is
-//              laid down four times, so neither nibble needs a mask.
+//              per tile (1,024 weights) the scale and 6 operations a row.
 //   bound      one token: memory. 8 + 8 + 16 + 32 = 64 vector operations a tile: at two a cycle 32 weights a cycle.
 //   accuracy   x: 2^-16 of the tile's largest; w: the rounded codebook, at most 0.5 / F of the scale (rms 0.3 % of w)
-#include "kernels/decode_avx512.h"
+#include "kernels/bytes_avx512.h"
 #include "kernels/linear_rows.h"
 
 namespace fourfold {
 namespace {
 
-// Bytes a unit of the codebook: where 16 rounded values lie closest to the true ones (NF4: rms 0.0017 against 0.0036 at
-// the worst factor between 90 and 127); exact for int4 and fp4.
-constexpr float units(Format f) {
-    return f == Format::nf4 ? 112.05f : f == Format::int4 ? 112.0f : f == Format::fp4 ? 108.0f : 127.0f;
-}
-
-constexpr std::array<uint8_t, 64> byte_table(Format f) {
-    std::array<uint8_t, 64> table{};
-    for (size_t i = 0; i < 64; ++i) {
-        const float value = codebook(f)[i % 16] * units(f) + 128.0f;
-        table[i] = static_cast<uint8_t>(value + 0.5f);
-    }
-    return table;
-}
-
 constexpr size_t kTogether = 2;  // panels, for one token
-// Bytes ahead of its load that a line is asked into the L2 cache, and into L1: one core has too few L1 misses in flight
-// (24 on Zen 4) to cover the memory's latency with those alone.
-constexpr size_t kFar = 6144, kNear = 1024;
-
-inline void prefetch(const uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at + kFar), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(at + kNear), _MM_HINT_T0);
-}
-
 // Rows [m, m + ROWS) of x times panels [p, p + PANELS), which are walked together: as many streams for the memory, and
 // each broadcast of x serves them all.
 template <Format F, size_t ROWS, size_t PANELS>
 void multiply(const LinearArgs& a, size_t p, size_t m) {
-    alignas(64) static constexpr auto kTable = byte_table(is_4bit(F) ? F : Format::nf4);
-    const __m512i table = _mm512_load_si512(kTable.data());
+    const __m512i table = byte_table<F>();
     const size_t row_bytes = I16Row::bytes(a.k_tiles), stride = panel_bytes(F, a.k_tiles);
     const uint8_t* const rows = a.x + m * row_bytes;
     const uint8_t* const panels = a.panels + p * stride;
@@ -77,22 +51,9 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
         };
 #pragma GCC unroll 8
         for (size_t g = 0; g < 8; ++g) {
-            constexpr size_t kStep = code_bytes(F) / 8;
-            __m512i first[PANELS], second[PANELS];  // inputs 0-3 and 4-7 of the group
-            for (size_t i = 0; i < PANELS; ++i) {
-                const uint8_t* at = codes + i * stride + g * kStep;
-                prefetch(at);
-                if constexpr (F == Format::int8) {
-                    prefetch(at + 64);
-                    const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
-                    first[i] = _mm512_xor_si512(load64(at), to_unsigned);
-                    second[i] = _mm512_xor_si512(load64(at + 64), to_unsigned);
-                } else {
-                    const __m512i v = load64(at);
-                    first[i] = _mm512_permutexvar_epi8(v, table);
-                    second[i] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table);
-                }
-            }
+            __m512i first[PANELS], second[PANELS];
+            for (size_t i = 0; i < PANELS; ++i)
+                group_to_bytes<F>(codes + i * stride + g * kGroupBytes<F>, table, first[i], second[i]);
             dot(first, g * 8);
             dot(second, g * 8 + 4);
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 from fourfold.checkpoint.source import optional_json
 from fourfold.errors import CheckpointError, UserError
-from fourfold.tokenizer import token_text
+from fourfold.tokenizer import Tokenizer, token_text
 
 Message = Mapping[str, str]  # "role" and "content"
 
@@ -23,6 +23,7 @@ _YUAN = """\
     {{- message['content'] + ('' if loop.last else JOINER) }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<sep>' }}{% endif %}"""
+SEPARATOR = "<sep>"
 BUILT_IN = {"yuan-n": _YUAN.replace("JOINER", "'<n>'"), "yuan-newline": _YUAN.replace("JOINER", r"'\n'")}
 
 LOOP_LIMIT = 100_000  # turns of all loops of one rendering together; a template loops over messages and their parts
@@ -65,6 +66,13 @@ class ChatTemplate:
         config = optional_json(root / "config.json")
         config = config["model"] if isinstance(config.get("model"), dict) else config
         return cls.built_in("yuan-n") if config.get("model_type") == "yuan" else None
+
+    def check_fits(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where a built-in template separates with a token that the tokenizer does not have."""
+        if self._source in BUILT_IN.values() and tokenizer.id_of(SEPARATOR) is None:
+            raise UserError(
+                f"{self._name} writes {SEPARATOR}, which the model's tokenizer does not know; it is for Yuan alone"
+            )
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The prompt, special tokens included: encode it with `add_special_tokens=False`.

@@ -33,7 +33,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine, as fractions of its own limits.")
 app.add_typer(bench, name="bench")
 
-Model = Annotated[str, typer.Argument(help="A fourfold or Hugging Face directory, a GGUF file, or smollm2.")]
+Model = Annotated[str, typer.Argument(help="A fourfold, Hugging Face or Megatron directory, a GGUF file, or smollm2.")]
 Format = Annotated[str | None, typer.Option(help="nf4 (default), int4, fp4, int8, bf16 or f32.", show_default=False)]
 Ranks = Annotated[int | None, typer.Option(help="Slices of the model; one to a NUMA node by default.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of all ranks together; one to a core by default.")]
@@ -42,6 +42,7 @@ Kv = Annotated[str | None, typer.Option(help="Cache of keys and values: bf16 (de
 RopeAngles = Annotated[str | None, typer.Option(help="f32 or bf16, as the model was trained.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="What to ask; else stdin.", show_default=False)]
+Ids = Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,15043,29892.", show_default=False)]
 System = Annotated[str | None, typer.Option(help="The system message.")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="In place of the model's: yuan-n, yuan-newline.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many. [default: 512]", show_default=False)]
@@ -56,6 +57,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may 
 Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")]
+Trace = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a trace of every thread for Perfetto, and show a table.")
+]
 Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
@@ -76,6 +80,7 @@ def top(context: typer.Context, version: Annotated[bool, typer.Option("--version
 def run(
     model: Model = MODEL,
     prompt: Prompt = None,
+    ids: Ids = None,
     system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -94,6 +99,7 @@ def run(
     rope_angles: RopeAngles = None,
     chat_template: Template = None,
     raw: Raw = False,
+    profile: Trace = None,
     json: Json = False,
 ) -> int:
     """One answer, streamed to stdout."""
@@ -136,8 +142,11 @@ def chat(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face directory or a GGUF file.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face or Megatron directory, or a GGUF file.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A directory with the tokenizer, if it lies elsewhere.")
+    ] = None,
     format: Format = None,
     threads: Threads = None,
     json: Json = False,
@@ -150,10 +159,29 @@ def quantize(
     from fourfold.progress import bar
     from fourfold.quantize import convert
 
-    with open_source(source_path(source)) as opened, bar(f"converting {source}") as report:
+    with open_source(source_path(source), tokenizer) as opened, bar(f"converting {source}") as report:
         check_text(opened)
         lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
-    _show({"path": str(destination), **lost.to_dict()}, json, render_quality)
+        files = sorted(opened.tokenizer_files)
+    _show({"path": str(destination), "tokenizer_files": files, **lost.to_dict()}, json, render_quality)
+
+
+@app.command()
+def synth(
+    config: Annotated[str, typer.Argument(help="A config.json, or a shape; an unknown one lists them.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    format: Format = None,
+    layers: Annotated[int | None, typer.Option(help="So many layers, in place of the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same weights. [default: 0]")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """A model of random weights in the quantized format, to measure with: no checkpoint is needed."""
+    options = dict(locals())
+    from fourfold import cli_synth
+    from fourfold.cli_render import render_facts
+
+    _show(cli_synth.synth(options), json, render_facts)
 
 
 @app.command()
@@ -190,23 +218,13 @@ def doctor(
 
 @app.command(name="plan")
 def plan_model(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A model, a Hugging Face config.json, or a shape such as yuan2-102b; no weights needed.",
-        ),
-    ],
-    machine: Annotated[
-        str | None, typer.Option(help="A described machine (nf8260g7, or a TOML file); else this one, measured.")
-    ] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, a config.json, or a shape: yuan2-102b.")],
+    machine: Annotated[str | None, typer.Option(help="nf8260g7, or a TOML file; else this one, measured.")] = None,
     ranks: Ranks = None,
     context: Context = None,
     kv: Kv = None,
     format: Format = None,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(help="Length of the prompt. [default: 512]", show_default=False)
-    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Of a prompt. [default: 512]", show_default=False)] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the machine, as measured, in a TOML file.")] = None,
     json: Json = False,
@@ -298,9 +316,7 @@ def bench_prefill(
 def bench_plan(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models as `bench decode` takes them.")],
     format: Format = None,
-    ranks: Annotated[
-        str | None, typer.Option(help="Ranks, several with commas. [default: 1,2]", show_default=False)
-    ] = None,
+    ranks: Annotated[str | None, typer.Option(help="Several with commas. [default: 1,2]", show_default=False)] = None,
     context: Start = None,
     kv: Kv = None,
     tokens: Tokens = None,
@@ -309,6 +325,44 @@ def bench_plan(
 ) -> None:
     """Whether `fourfold plan` is right here: ms a token as planned beside ms a token as measured."""
     _bench("plan", locals())
+
+
+@bench.command(name="reduce")
+def bench_reduce(
+    ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(help="Of all ranks together; one a rank by default.")] = None,
+    kb: Annotated[int | None, typer.Option(help="Of each rank's sums. [default: 16]", show_default=False)] = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """The sums of all ranks: latency against that of the hand-over from core to core."""
+    _bench("reduce", locals())
+
+
+@bench.command(name="load")
+def bench_load(
+    model: Model = MODEL,
+    format: Format = None,
+    threads: Threads = None,
+    ranks: Ranks = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """A model from the page cache into memory: GB/s against the copy bandwidth, peak memory against the weights."""
+    _bench("load", locals())
+
+
+@bench.command(name="quantize")
+def bench_quantize(
+    format: Format = None,
+    threads: Threads = None,
+    gigabytes: Annotated[float | None, typer.Option(help="Of the bfloat16 checkpoint that is made for it.")] = None,
+    directory: Annotated[str | None, typer.Option(help="Where it is made, and taken away again.")] = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """A conversion from a warm checkpoint to the disk: GB/s of source against the packer's and the disk's."""
+    _bench("quantize", locals())
 
 
 @bench.callback(invoke_without_command=True)

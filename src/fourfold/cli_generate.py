@@ -7,11 +7,16 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fourfold import cli_profile
+from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
 from fourfold.llm import LLM, Completion, Stream
+from fourfold.locate import BUNDLED, fourfold_format
 from fourfold.sampling import SamplingParams
+from fourfold.tokenizer import Tokenizer
 
 LLM_OPTIONS = ("format", "ranks", "threads", "context", "kv", "rope_angles")
 SAMPLING_OPTIONS = (
@@ -29,36 +34,36 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def load(options: Mapping[str, Any]) -> LLM:
-    """The model that the options name."""
+    """The model that the options name; a chat template that does not exist is refused before it is loaded."""
+    if options["chat_template"] is not None:
+        ChatTemplate.built_in(options["chat_template"])
     return LLM(options["model"], **{name: options[name] for name in LLM_OPTIONS})
 
 
 def run(options: Mapping[str, Any]) -> int:
     """One answer; the exit status."""
-    params, prompt = sampling_params(options), options["prompt"]
-    if options["raw"] and options["chat_template"] is not None:
-        raise UserError("--raw leaves the chat template out, so --chat-template cannot be used with it; drop one")
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise UserError("there is no prompt; give one with -p, or pipe it in")
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise UserError("the prompt is empty; say something with -p")
+    params, prompt = sampling_params(options), _prompt(options)
+    trace = None if options["profile"] is None else cli_profile.check_path(options["profile"])
     with load(options) as llm:
-        plain = options["raw"] or (llm.chat_template is None and options["chat_template"] is None)
+        plain = options["raw"] or isinstance(prompt, list)
+        plain = plain or (llm.chat_template is None and options["chat_template"] is None)
         if plain and options["system"] is not None:
             raise UserError("--system needs a chat template, and this prompt is a plain text; put it into the prompt")
         if plain:
             stream = llm.stream(prompt, params)
         else:
-            messages = [*_system(options), {"role": "user", "content": prompt}]
+            messages = [*_system(options), {"role": "user", "content": str(prompt)}]
             stream = llm.chat_stream(messages, params, template=options["chat_template"])
-        completed = _show(stream, quiet=options["json"])
+        with contextlib.nullcontext() if trace is None else llm.profile() as profile:
+            completed = _show(stream, quiet=options["json"])
         completion = stream.completion
+        found = {} if trace is None or profile is None else {"profile": cli_profile.report(profile, trace)}
         if options["json"]:
-            print(json.dumps({"model": options["model"], **_as_json(completion)}, ensure_ascii=False))
+            print(json.dumps({"model": options["model"], **_as_json(completion), **found}, ensure_ascii=False))
         else:
             print(speed(completion, llm.describe()), file=sys.stderr)
+            for report in found.values():
+                cli_profile.render(report)
     return 0 if completed else INTERRUPTED
 
 
@@ -67,6 +72,7 @@ def chat(options: Mapping[str, Any]) -> int:
     params, template = sampling_params(options), options["chat_template"]
     if options["raw"]:
         raise UserError("a chat needs the chat template; use `fourfold run --raw` to continue a plain text")
+    _check_reads_text(options)
     with load(options) as llm:
         if llm.chat_template is None and template is None:
             raise UserError("the model has no chat template; use `fourfold run` to continue a plain text")
@@ -105,6 +111,35 @@ def chat(options: Mapping[str, Any]) -> int:
             transcript = {"model": options["model"], "messages": messages, "answers": answers}
             print(json.dumps(transcript, ensure_ascii=False))
     return 0
+
+
+def _prompt(options: Mapping[str, Any]) -> str | list[int]:
+    """The text, or the ids, to go on from. Raises UserError for none, and for a text where the model reads ids only."""
+    if options["raw"] and options["chat_template"] is not None:
+        raise UserError("--raw leaves the chat template out, so --chat-template cannot be used with it; drop one")
+    if options["ids"] is not None:
+        if unused := [name for name in ("prompt", "system", "chat_template") if options[name] is not None]:
+            raise UserError(f"--ids are the whole prompt, so --{unused[0].replace('_', '-')} cannot be used with them")
+        try:
+            return [int(part) for part in options["ids"].split(",")]
+        except ValueError:
+            raise UserError(f"ids must be whole numbers with commas between, not {options['ids']!r}") from None
+    _check_reads_text(options)
+    prompt = options["prompt"]
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("there is no prompt; give one with -p, or pipe it in")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say something with -p")
+    return str(prompt)
+
+
+def _check_reads_text(options: Mapping[str, Any]) -> None:
+    """Raises UserError for a directory without a tokenizer, before its weights are loaded."""
+    path = Path(options["model"]).expanduser()
+    if options["model"] not in BUNDLED and fourfold_format(path) and not Tokenizer.is_in(path):
+        raise UserError(f"{path} has no tokenizer, so it reads no text; use `fourfold run --ids 1,2,3` on it")
 
 
 def header(model: str, facts: Mapping[str, Any]) -> str:

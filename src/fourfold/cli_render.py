@@ -44,7 +44,8 @@ def render_quality(result: Mapping[str, Any], console: Console) -> None:
         kinds.add_row(name, f"{kind['weights']:,}", *figures)
     console.print(kinds)
     console.print()
-    render_facts({"path": result["path"], "format": result["format"]}, console)
+    tokenizer = ", ".join(result["tokenizer_files"]) or "none found (--tokenizer DIR says where it is)"
+    render_facts({"path": result["path"], "format": result["format"], "tokenizer": tokenizer}, console)
 
 
 def render_facts(result: Mapping[str, Any], console: Console) -> None:

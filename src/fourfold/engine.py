@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
+from time import perf_counter_ns
 from typing import Any, cast
 
 import numpy as np
@@ -14,11 +16,13 @@ from numpy.typing import NDArray
 import fourfold._core as _core
 from fourfold import models
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.checkpoint.source import MappedFile
 from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.footprint import PAGE, Footprint, footprint
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import Machine, RankPlan, address_space_left, choose_isa, plan_ranks, read_machine
+from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
 from fourfold.rotary import rotary_tables
 
@@ -66,9 +70,10 @@ class Engine:
         self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
+        formats = {name: weight.format for name, weight in stored.weights.items()}
         self._footprint = footprint(
             builder,
-            {name: weight.format for name, weight in stored.weights.items()},
+            formats,
             kv=self.kv,
             context=self.context,
             max_tokens=MAX_STEP_TOKENS,
@@ -99,6 +104,8 @@ class Engine:
         _Assembly(self._program, self._team, builder, stored, report).run()
         self._program.finish()
         self._logits_width = -(-self.config.vocab_size // 16) * 16
+        self._op_facts = op_facts(builder, formats, self._kv_bytes_per_token() // self.config.n_layers)
+        self._profile: Profile | None = None
 
     def new_sequence(self) -> Sequence:
         """An empty text. Raises ResourceError where too many are under way."""
@@ -148,12 +155,39 @@ class Engine:
             out = np.empty((len(wanted), self._logits_width), np.float32)
             rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
             try:
+                called = perf_counter_ns()
                 program.step(piece, rows, pages, wanted.astype(np.int32), out)
+                returned = perf_counter_ns()
             except _core.StallError as error:
                 raise RuntimeFailure(str(error)) from None
+            if self._profile is not None:
+                self._record(self._profile, called, returned, len(piece), len(wanted), sequence.length)
             sequence.length += len(piece)
             pieces.append(out[:, : self.config.vocab_size])
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Records what every thread does in the steps of the block. Raises UserError within another profile."""
+        with self._lock:
+            if self._profile is not None:
+                raise UserError("a profile is under way already; end it before another")
+            self._running().record(True)
+            profile = self._profile = Profile(self._op_facts, self.plan)
+        try:
+            yield profile
+        finally:
+            with self._lock:
+                profile.close()
+                self._profile = None
+                if "_program" in self.__dict__:
+                    self._program.record(False)
+
+    def _record(self, profile: Profile, called: int, returned: int, tokens: int, outputs: int, start: int) -> None:
+        program = self._running()
+        marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in profile.threads)
+        kernels = {rows: self.kernels(rows) for rows in {tokens, outputs}}
+        profile.add(StepFacts(called, returned, Work.of_step(tokens, outputs, start), kernels, marks))
 
     def kernels(self, n_tokens: int) -> dict[str, str]:
         """The linear kernel that a step of so many tokens runs, by weight format."""
@@ -221,7 +255,7 @@ class _Assembly:
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
-        self._file = np.memmap(stored.weights_path, np.uint8, "r")
+        self._file = MappedFile(stored.weights_path)
 
     def run(self) -> None:
         for op in self._builder.ops:
@@ -236,12 +270,13 @@ class _Assembly:
             w = self._stored.weights[name]
             plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
             native = _core.make_weight(w.format, *w.shape, plans, self._team)
-            panels = self._file[w.data_offset : w.data_offset + w.data_bytes].reshape(-(-w.shape[0] // 16), -1)
+            panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(-(-w.shape[0] // 16), -1)
             scales = None
             if w.scale_offset is not None:
-                raw = self._file[w.scale_offset : w.scale_offset + 4 * len(panels)]
+                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * len(panels))
                 scales = np.frombuffer(raw.tobytes(), np.float32)
             native.load(self._team, panels, scales)
+            self._file.forget(self._file.take_reads())  # or the file would be in memory beside the copy
             self._loaded += w.data_bytes
             if self._report:
                 self._report(self._loaded, sum(other.data_bytes for other in self._stored.weights.values()))

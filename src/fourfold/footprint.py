@@ -11,9 +11,7 @@ from fourfold.program import TILE_K, Cut, ProgramBuilder, assign_buffers
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
-HUGE_PAGE = 2 << 20
-SCRATCH_BYTES = 128 << 10  # of a thread, at least
-KV_ELEMENT_BYTES: Mapping[KVFormat, int] = {"bf16": 2, "int8": 1, "f32": 4}
+SMALL_PAGE, HUGE_PAGE = 4096, 2 << 20
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Footprint:
     """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
-    room: tuple[int, ...]  # for those slices: whole pages of memory, huge ones for all but the small
+    room: tuple[int, ...]  # for those slices: whole pages of memory
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular
@@ -40,13 +38,6 @@ class Footprint:
         return sum(self.rank(n_positions)) + self.rope
 
 
-def kv_page_bytes(kv: KVFormat, head_dim: int) -> int:
-    """A page of one KV head, as KvPage (csrc/kernels/kernels.h) lays it out: keys, padded values, scales."""
-    values = -(-head_dim // 16) * 16
-    scales = 2 * PAGE * F32 if kv == "int8" else 0
-    return -(-((head_dim + values) * PAGE * KV_ELEMENT_BYTES[kv] + scales) // 64) * 64
-
-
 def slice_bytes(format: WeightFormat, outputs: Cut, inputs: Cut) -> list[int]:
     """What each rank holds, and reads in a step, of a weight that is cut so."""
     return [_core.slice_bytes(format, list(n), list(k)) for n, k in zip(outputs.ranges, inputs.ranges, strict=True)]
@@ -54,8 +45,7 @@ def slice_bytes(format: WeightFormat, outputs: Cut, inputs: Cut) -> list[int]:
 
 def _room(n_bytes: int) -> int:
     """What NodeMemory (csrc/memory.cpp) maps."""
-    unit = HUGE_PAGE if n_bytes >= HUGE_PAGE else 4096
-    return -(-n_bytes // unit) * unit
+    return -(-n_bytes // SMALL_PAGE) * SMALL_PAGE
 
 
 def footprint(
@@ -71,16 +61,18 @@ def footprint(
     cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
     weights, room, kv_page, work = [], [], [], []
     _, buffers = assign_buffers(builder.ops, builder.activations)
-    page = kv_page_bytes(kv, builder.config.head_dim) * sum(op.kind == "cache" for op in builder.ops)
-    widest = max(-(-inputs.size // TILE_K) * TILE_K for _, inputs in cuts.values())
+    head_dim = builder.config.head_dim
+    page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
+    widest = max(inputs.size for _, inputs in cuts.values())
     packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
     held = [slice_bytes(formats[name], *cut) for name, cut in cuts.items()]  # (weights, ranks)
     for rank, slices in enumerate(zip(*held, strict=True)):
         weights.append(sum(slices))
         room.append(sum(map(_room, slices)))
-        kv_page.append(page * (builder.kv_heads().widths[rank] // builder.config.head_dim))
+        kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
         rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
-        scratch = threads[rank] * max(SCRATCH_BYTES, widest * F32)
-        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch)
-    rope = context * builder.config.head_dim * F32
+        scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
+        partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
+        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
+    rope = context * head_dim * F32
     return Footprint(tuple(weights), tuple(room), tuple(kv_page), tuple(work), rope)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,15 +19,16 @@ from fourfold.chat_template import ChatTemplate, Message
 from fourfold.checkpoint.fields import MAX_SIZE
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
-from fourfold.errors import UserError
+from fourfold.errors import CheckpointError, UserError
 from fourfold.locate import fourfold_directory
 from fourfold.progress import bar
 from fourfold.sampling import SamplingParams, StopChecker, make_sampler
-from fourfold.tokenizer import Tokenizer
+from fourfold.tokenizer import NoTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
     from fourfold.engine import Engine
+    from fourfold.profile import Profile
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
 
@@ -61,7 +64,7 @@ class LLM:
         kv: str | None = None,
         rope_angles: str | None = None,
     ) -> None:
-        """Load a fourfold directory, a Hugging Face directory, a GGUF file or a bundled model (`smollm2`).
+        """Load a fourfold, Hugging Face or Megatron directory, a GGUF file or a bundled model (`smollm2`).
 
         A source that is not in a fourfold format yet is converted once and kept, with a progress bar on a terminal.
 
@@ -104,7 +107,10 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UserError where its directory has none."""
         if self._tokenizer is None:
-            raise UserError("the model's directory has no tokenizer, so only logits of ids can be had from it")
+            raise UserError(
+                "the model has no tokenizer, so it knows ids only: give ids in place of a text,"
+                " or take one from elsewhere with `fourfold quantize SRC DST --tokenizer DIR`"
+            )
         return self._tokenizer
 
     @property
@@ -125,7 +131,7 @@ class LLM:
         return [self.stream(prompt, params).finish() for prompt in several]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """Continue one prompt, piece by piece."""
+        """Continue one prompt, piece by piece. Without a tokenizer, ids are continued, and the pieces are ids too."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt, "a prompt that is not text")
         return self._stream(ids, params, after=ids)
 
@@ -148,6 +154,7 @@ class LLM:
                 "the model has no chat template, and fourfold does not guess one; "
                 "continue a plain text instead, with `fourfold run` or `LLM.generate`"
             )
+        chosen.check_fits(self.tokenizer)
         ids = self.tokenizer.encode(chosen.render(messages), add_special_tokens=False)
         return self._stream(ids, params, after=())
 
@@ -162,6 +169,13 @@ class LLM:
             return np.stack([self._engine.extend(sequence, [i]) for i in ids])
         finally:
             self._engine.free(sequence)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """A block whose steps are recorded, op by op and thread by thread: `Profile.summary`, `trace_file.write_trace`.
+
+        Raises UserError within another profile.
+        """
+        return self._engine.profile()
 
     def describe(self) -> dict[str, Any]:
         """What runs and how: the engine's own account (format, ranks, threads, ISA, bytes)."""
@@ -183,7 +197,9 @@ class LLM:
         self._check_prompt(ids)
         if not isinstance(params, SamplingParams | None):
             raise UserError(f"params must be SamplingParams, not {type(params).__name__}")
-        return Stream(self._engine, self.tokenizer, ids, params or SamplingParams(), after)
+        config = self._engine.config
+        tokenizer = self._tokenizer or NoTokenizer(config.vocab_size, config.eos_ids)
+        return Stream(self._engine, tokenizer, ids, params or SamplingParams(), after)
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
         if not ids:
@@ -200,7 +216,12 @@ class Stream:
     """An iterator over the pieces of one text, each of whole characters; joined, they are `completion.text`."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, after: Sequence[int]
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | NoTokenizer,
+        prompt: list[int],
+        params: SamplingParams,
+        after: Sequence[int],
     ) -> None:
         self._engine, self._params = engine, params
         self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)
@@ -279,13 +300,17 @@ def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatT
 
 def check_text(source: Source) -> None:
     """Raises before a conversion what `load_text` would raise after it."""
-    if source.path.is_dir():
-        load_text(source.path, source.config.vocab_size)
-        return
+    whose = {content.parent for content in source.tokenizer_files.values() if isinstance(content, Path)} or {
+        source.path
+    }
     with TemporaryDirectory() as directory:
         for name, content in source.tokenizer_files.items():
             Path(directory, name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        load_text(Path(directory), source.config.vocab_size)
+        Path(directory, "config.json").write_text(json.dumps({"model": source.config.to_dict()}), encoding="utf-8")
+        try:
+            load_text(Path(directory), source.config.vocab_size)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(directory, str(whose.pop()))) from None
 
 
 def _ids(values: ArrayLike, what: str) -> list[int]:

@@ -1,4 +1,8 @@
-"""From a checkpoint to a fourfold directory: every weight streamed in pieces through the native packer."""
+"""From a checkpoint to a fourfold directory: every weight streamed in pieces through the native packer.
+
+Pieces are read by one thread, packed by as many as there are, and hashed and written by one, all at once; so few are
+under way that memory is bounded, whatever the model: READ_AHEAD + 1 pieces of the source and OUTPUTS packed ones.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -29,9 +35,12 @@ from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
 from fourfold.machine import choose_isa, read_machine
 from fourfold.models import WeightSpec, weight_specs
+from fourfold.pipeline import ahead, behind
 
 MAX_THREADS = 4096
-PIECE_BYTES = 64 << 20  # of weights as float32: at most three pieces are in memory
+PIECE_BYTES = 64 << 20  # of weights as float32
+READ_AHEAD = 2  # pieces read before they are packed
+OUTPUTS = 3  # packed pieces in memory: one being made, one being written, one waiting for that
 RECIPE = {
     "block": 64,
     "scales": "FP8 E4M3 per block, float32 per panel of 16 outputs",
@@ -67,37 +76,17 @@ def convert(
     CheckpointError where the source is incomplete or holds a number that is not finite, UserError where `dst` exists,
     and ResourceError where the disk has no room.
     """
-    fmt = _checked_format(fmt)
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
+    fmt, n_threads = checked_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
-    isa, n_threads = choose_isa(), threads or read_machine().n_threads
+    isa = choose_isa()  # before anything is made: it may raise
     with DirectoryWriter(Path(dst), source.config, fmt, source.fingerprint) as writer:
-        n_bytes = writer.finished_bytes
-        unfinished = [spec for spec in specs if spec.name not in writer.finished]
-        error = reference = 0.0
-        for piece, rows in _prefetch(source, _pieces(unfinished)):
-            spec = piece.spec
-            if spec.is_matrix:
-                panels, scales, sums = _pack(spec, rows, fmt, n_threads, isa)
-                writer.write(spec.name, panels)
-                n_bytes += panels.nbytes
-                if scales is not None:
-                    writer.write(f"{spec.name}.scale", scales)
-                    n_bytes += scales.nbytes
-                error, reference = error + sums[0], reference + sums[1]
-            else:
-                vector = rows.astype("<f4")
-                if not np.isfinite(vector).all():
-                    raise _not_finite(spec)
-                writer.write(spec.name, vector)
-                n_bytes += vector.nbytes
-            if piece.is_last:
-                writer.commit(spec.name, error, reference)
-                error = reference = 0.0
-            if progress:
-                progress(n_bytes, writer.data_bytes)
+        pieces = list(_pieces(spec for spec in specs if spec.name not in writer.finished))
+        packer, recorder = _Packer(fmt, n_threads, isa, pieces), _Recorder(writer, progress)
+        with behind(OUTPUTS - 1) as do, closing(ahead(pieces, partial(_read, source), READ_AHEAD)) as read:
+            for piece, rows, forget in read:
+                do(partial(recorder.record, piece, packer.pack(piece.spec, rows)))
+                forget()
         report = _report(specs, writer, fmt)
         writer.finish(source.tokenizer_files, RECIPE, report.to_dict())
     return report
@@ -117,7 +106,7 @@ def cached(
     FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise, and CheckpointError
     where the conversion that was kept is damaged, naming the directory to delete.
     """
-    fmt = _checked_format(fmt)
+    fmt = checked_format(fmt)
     root = Path(os.environ.get("FOURFOLD_CACHE") or platformdirs.user_cache_dir("fourfold")).expanduser()
     with open_source(source_path) as source:
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
@@ -163,10 +152,18 @@ def _locked(path: Path) -> IO[str]:
         lock.close()
 
 
-def _checked_format(fmt: str) -> WeightFormat:
+def checked_format(fmt: str) -> WeightFormat:
+    """The same format. Raises UserError where there is none of that name."""
     if fmt not in FORMATS:
         raise UserError(f"there is no format {fmt!r}; choose one of {', '.join(FORMATS)}")
     return cast(WeightFormat, fmt)
+
+
+def checked_threads(threads: int | None) -> int:
+    """The same number, or the machine's where it is None. Raises UserError for an impossible one."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
+    return threads or read_machine().n_threads
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,10 @@ class _Piece:
     def is_last(self) -> bool:
         return self.stop == self.spec.shape[0]
 
+    def stored_bytes(self, fmt: WeightFormat) -> int:
+        """Of a matrix."""
+        return stored_bytes(fmt, (self.stop - self.start, self.spec.shape[1]))
+
 
 def _pieces(specs: Iterable[WeightSpec]) -> Iterator[_Piece]:
     """Every weight in turn, in whole panels of bounded size."""
@@ -191,42 +192,73 @@ def _pieces(specs: Iterable[WeightSpec]) -> Iterator[_Piece]:
             yield _Piece(spec, start, min(start + step, n))
 
 
-def _prefetch(source: Source, pieces: Iterable[_Piece]) -> Iterator[tuple[_Piece, NDArray[Any]]]:
-    """The rows of each piece, read while the one before it is worked on."""
-
-    def read(piece: _Piece) -> NDArray[Any]:
-        rows = np.ascontiguousarray(piece.spec.rows.read(source.tensors, piece.start, piece.stop))
-        rows.reshape(-1).view(np.uint8)[
-            ::4096
-        ].max()  # a mapped file is read when it is touched: here, not in the packer
-        return rows
-
-    with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[_Piece, Future[NDArray[Any]]]] = deque()
-        for piece in pieces:
-            waiting.append((piece, reader.submit(read, piece)))
-            if len(waiting) > 1:
-                ready, rows = waiting.popleft()
-                yield ready, rows.result()
-        for ready, rows in waiting:
-            yield ready, rows.result()
+def _read(source: Source, piece: _Piece) -> tuple[_Piece, NDArray[Any], Callable[[], None]]:
+    """The piece, its rows, and a function that gives the memory of the source back."""
+    rows = np.ascontiguousarray(piece.spec.rows.read(source.tensors, piece.start, piece.stop))
+    # A mapped file is read when it is touched: here, not in the packer.
+    rows.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
+    return piece, rows, source.forgetter()
 
 
-def _pack(
-    spec: WeightSpec, rows: NDArray[Any], fmt: WeightFormat, n_threads: int, isa: str
-) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None, tuple[float, float]]:
-    """Rows (n, K) to panels, panel scales, and the sums of squared errors and of squared weights."""
-    n, k = rows.shape
-    panels = np.empty((n_panels(n), panel_bytes(fmt, k)), np.uint8)
-    scales = np.empty(n_panels(n), np.float32) if fmt in SCALED else None
-    numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
-    try:
-        sums = _core.pack(numbers, fmt, panels, scales, n_threads, isa)
-    except ValueError as error:
-        if "NaN or infinity" in str(error):
-            raise _not_finite(spec) from error
-        raise RuntimeFailure(f"{spec.name} could not be packed: {error}") from error
-    return panels, scales, sums
+@dataclass(frozen=True)
+class _Output:
+    """Rows as they are stored."""
+
+    data: NDArray[Any]  # panels, or a vector
+    scales: NDArray[np.float32] | None = None
+    error: float = 0.0
+    reference: float = 0.0
+
+
+class _Packer:
+    """Packs rows on all threads, into memory that is used again: an output holds until OUTPUTS - 1 more were made."""
+
+    def __init__(self, fmt: WeightFormat, n_threads: int, isa: str, pieces: Iterable[_Piece]) -> None:
+        self._format, self._n_threads, self._isa = fmt, n_threads, isa
+        n_bytes = max((piece.stored_bytes(fmt) for piece in pieces if piece.spec.is_matrix), default=0)
+        self._memory = cycle([np.empty(n_bytes, np.uint8) for _ in range(OUTPUTS)])
+
+    def pack(self, spec: WeightSpec, rows: NDArray[Any]) -> _Output:
+        if not spec.is_matrix:
+            vector = rows.astype("<f4")
+            if not np.isfinite(vector).all():
+                raise _not_finite(spec)
+            return _Output(vector)
+        n, k = rows.shape
+        p, n_bytes = n_panels(n), panel_bytes(self._format, k)
+        panels = next(self._memory)[: p * n_bytes].reshape(p, n_bytes)
+        scales = np.empty(p, np.float32) if self._format in SCALED else None
+        numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+        try:
+            sums = _core.pack(numbers, self._format, panels, scales, self._n_threads, self._isa)
+        except ValueError as error:
+            if "NaN or infinity" in str(error):
+                raise _not_finite(spec) from error
+            raise RuntimeFailure(f"{spec.name} could not be packed: {error}") from error
+        return _Output(panels, scales, *sums)
+
+
+class _Recorder:
+    """Writes pieces in order, commits each weight with its last, and says how far it is."""
+
+    def __init__(self, writer: DirectoryWriter, progress: Progress | None) -> None:
+        self._writer, self._progress = writer, progress
+        self._n_bytes = writer.finished_bytes
+        self._error = self._reference = 0.0
+
+    def record(self, piece: _Piece, output: _Output) -> None:
+        name = piece.spec.name
+        self._writer.write(name, output.data)
+        self._n_bytes += output.data.nbytes
+        if output.scales is not None:
+            self._writer.write(f"{name}.scale", output.scales)
+            self._n_bytes += output.scales.nbytes
+        self._error, self._reference = self._error + output.error, self._reference + output.reference
+        if piece.is_last:
+            self._writer.commit(name, self._error, self._reference)
+            self._error = self._reference = 0.0
+        if self._progress:
+            self._progress(self._n_bytes, self._writer.data_bytes)
 
 
 def _not_finite(spec: WeightSpec) -> CheckpointError:

@@ -87,6 +87,10 @@ class Tokenizer:
                 raise UserError(f"id {i} is not the tokenizer's, whose ids are 0 to {self.vocab_size - 1}")
         return self._backend.decode(ids, skip_special)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token that is written so; None where there is none."""
+        return self._backend.id_of(token)
+
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for ids that arrive one at a time, and whose text continues that of `after`."""
         return StreamDecoder(self.decode, self._backend.byte_ids, after)
@@ -98,6 +102,22 @@ class Tokenizer:
                 f"the tokenizer has {self.vocab_size} ids but the model's vocabulary only {vocab_size}; "
                 "they belong to different models"
             )
+
+
+class NoTokenizer:
+    """What a model without a tokenizer has in its place: its ids, as numbers with a space after each."""
+
+    def __init__(self, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
+
+    def stream(self, after: Sequence[int] = ()) -> NoTokenizer:
+        return self
+
+    def push(self, token_id: int) -> str:
+        return f"{token_id} "
+
+    def flush(self) -> str:
+        return ""
 
 
 class StreamDecoder:

@@ -23,23 +23,33 @@ T = TypeVar("T")
 
 
 class Limits:
-    """Read bandwidth and peak of the CPUs that a plan uses, measured again and again as the run goes on.
+    """Read and copy bandwidth and peak of the CPUs that a plan uses, measured again and again as the run goes on.
 
-    The read bandwidth (bytes/s) is that of the best of several read patterns; the peak (FLOP/s) is that of the fastest
-    instructions the machine has, used or not. Raises ResourceError where memory for measuring is short.
+    The read bandwidth (bytes/s) is that of the best of several read patterns; the copy bandwidth counts bytes that
+    arrive; the peak (FLOP/s) is that of the fastest instructions the machine has, used or not. Raises ResourceError
+    where memory for measuring is short.
     """
 
-    def __init__(self, machine: Machine, plan: Sequence[RankPlan], *, read: bool = False, peak: bool = False) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        plan: Sequence[RankPlan],
+        *,
+        read: bool = False,
+        copy: bool = False,
+        peak: bool = False,
+    ) -> None:
         self.cpus = sorted({cpu for rank in plan for cpu in rank.cpus})
         self.cache_bytes = _last_level_bytes(machine, self.cpus)
         self.n_bytes = max(READ_BYTES, TIMES_CACHE * self.cache_bytes)
         self._peak_kind = _core.peak_kinds()[0]
-        self._wants_read, self._wants_peak = read, peak
+        self._wants_read, self._wants_copy, self._wants_peak = read, copy, peak
         self._read: list[float] = []
+        self._copy: list[float] = []
         self._peak: list[float] = []
-        if read and self.n_bytes > machine.available_bytes:
+        if (read or copy) and self.n_bytes > machine.available_bytes:
             raise ResourceError(
-                f"measuring the read bandwidth takes {self.n_bytes / 1e9:.1f} GB and "
+                f"measuring the bandwidth takes {self.n_bytes / 1e9:.1f} GB and "
                 f"{machine.available_bytes / 1e9:.1f} GB are free: free some memory"
             )
 
@@ -57,17 +67,23 @@ class Limits:
 
     def fractions_of_read(self, rates: Sequence[float]) -> dict[str, float]:
         """Spread of each repetition's bytes/s over the read bandwidth around it."""
-        return _fractions(rates, self._read)
+        return fractions(rates, self._read)
+
+    def fractions_of_copy(self, rates: Sequence[float]) -> dict[str, float]:
+        """Spread of each repetition's bytes/s over the copy bandwidth around it."""
+        return fractions(rates, self._copy)
 
     def fractions_of_peak(self, rates: Sequence[float]) -> dict[str, float]:
         """Spread of each repetition's FLOP/s over the peak around it."""
-        return _fractions(rates, self._peak)
+        return fractions(rates, self._peak)
 
     def describe(self) -> dict[str, Any]:
         """What was measured, JSON-ready."""
         facts: dict[str, Any] = {}
         if self._wants_read:
             facts["read_gb_s"] = spread([rate / 1e9 for rate in self._read])
+        if self._wants_copy:
+            facts["copy_gb_s"] = spread([rate / 1e9 for rate in self._copy])
         if self._wants_peak:
             has_amx = self._peak_kind.startswith("amx")
             facts["peak_gflop_s"] = spread([rate / 1e9 for rate in self._peak])
@@ -87,6 +103,8 @@ class Limits:
         try:
             if self._wants_read:
                 self._read.append(_core.measure_read_bandwidth(self.cpus, self.n_bytes, TRIALS)["median_gb_s"] * 1e9)
+            if self._wants_copy:
+                self._copy.append(_core.measure_copy_bandwidth(self.cpus, self.n_bytes, TRIALS)["median_gb_s"] * 1e9)
             if self._wants_peak:
                 self._peak.append(_core.measure_peak(self.cpus, self._peak_kind, TRIALS)["median_gflop_s"] * 1e9)
         except RuntimeError as error:  # a probe whose result was wrong
@@ -124,7 +142,8 @@ def uses_amx(kernels: Sequence[str]) -> bool:
     return any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels)
 
 
-def _fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
+def fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:
+    """Spread of each repetition's rate over the mean of the limits measured before and after it."""
     around = [(before + after) / 2 for before, after in pairwise(limits)]
     return spread([rate / limit for rate, limit in zip(rates, around, strict=True)])
 

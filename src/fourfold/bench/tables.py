@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def render(result: Mapping[str, Any], console: Console) -> None:
-    """Prints what the benchmarks returned: medians, and in brackets the spread of the repetitions."""
+    """Prints what a benchmark returned: medians, and in brackets the spread of the repetitions."""
     if result["bench"] == "plan":
         console.print(_plan(result))
         console.print(
@@ -19,8 +19,8 @@ def render(result: Mapping[str, Any], console: Console) -> None:
         )
         return
     console.print(_title(result), style="bold", highlight=False)
-    console.print({"linear": _linear, "decode": _decode, "prefill": _prefill}[result["bench"]](result))
-    for line in [*_limits(result["limits"]), _kernels(result), *result["notes"]]:
+    console.print(_TABLES[result["bench"]](result))
+    for line in [*_limits(result["limits"]), *_kernels(result), *result["notes"]]:
         console.print(line, highlight=False)
 
 
@@ -29,6 +29,12 @@ def _title(result: Mapping[str, Any]) -> str:
     if result["bench"] == "linear":
         what = f"{result['format']} matrix, {result['k']} inputs × {result['n']} outputs"
         what += f", {result['copies']} copies ({result['rotating_bytes'] / 1e9:.2f} GB) in turn"
+    elif result["bench"] == "load":
+        what = f"load of {result['model']} in {result['format']}, {result['weight_bytes'] / 1e9:.2f} GB"
+    elif result["bench"] == "quantize":
+        what = f"quantize {result['source_bytes'] / 1e9:.2f} GB of bf16 to {result['format']}"
+    elif result["bench"] == "reduce":
+        what = f"all-reduce of {result['kb']} KB, {result['reductions']} times"
     else:
         what = f"{result['bench']} of {result['tokens']} tokens from position {result['context']}"
         what += f", {result['model']} in {result['format']}, KV in {result['kv']}"
@@ -93,6 +99,42 @@ def _plan(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def _load(result: Mapping[str, Any]) -> Table:
+    return _facts(
+        ("seconds", _range(result["seconds"], 3)),
+        ("GB/s of weights", _range(result["gb_s"], 2)),
+        ("of copy limit", _range(result["of_copy"], 2)),
+        ("peak memory / weights", _range(result["peak_over_weights"], 3)),
+    )
+
+
+def _quantize(result: Mapping[str, Any]) -> Table:
+    return _facts(
+        ("seconds", _range(result["seconds"], 3)),
+        ("GB/s of source", _range(result["gb_s"], 3)),
+        ("of packing alone", _range(result["of_pack"], 2)),
+        ("of writing alone", _range(result["of_write"], 2)),
+    )
+
+
+def _reduce(result: Mapping[str, Any]) -> Table:
+    return _facts(
+        ("µs, median", _range(result["us"], 2)),
+        ("µs, 99 of 100 below", _range(result["p99_us"], 2)),
+        ("limit over median", _range(result["of_limit"], 2)),
+    )
+
+
+_TABLES = {
+    "linear": _linear,
+    "decode": _decode,
+    "prefill": _prefill,
+    "load": _load,
+    "quantize": _quantize,
+    "reduce": _reduce,
+}
+
+
 def _facts(*rows: tuple[str, str]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:
@@ -104,19 +146,31 @@ def _limits(limits: Mapping[str, Any]) -> Iterable[str]:
     if "read_gb_s" in limits:
         rates = _range(limits["read_gb_s"], 2)
         yield f"Limit of a few tokens: reading the weights once, at {rates} GB/s, the best of four read loops."
+    if "copy_gb_s" in limits:
+        rates = _range(limits["copy_gb_s"], 2)
+        yield f"Limit of loading: copying from memory to memory, at {rates} GB/s, bytes that arrive."
+    if "pack_gb_s" in limits:
+        pack, write = _range(limits["pack_gb_s"], 2), _range(limits["write_gb_s"], 2)
+        yield f"Limits of quantizing: packing in memory, at {pack} GB/s of the source, on the same threads;"
+        yield f"and writing the result to the same disk, at {write} GB/s of the source, synced."
+    if "handover_us" in limits:
+        trip, whole = _range(limits["round_trip_us"], 2), _range(limits["handover_us"], 2)
+        yield f"Limit: a word and the bytes from core to core, in {whole} µs; two words there and back take {trip} µs."
     if "peak_gflop_s" in limits:
         rates = _range(limits["peak_gflop_s"], 1)
         yield f"Limit of many tokens: multiplying with them, at {rates} GFLOP/s, the {limits['peak']}."
 
 
-def _kernels(result: Mapping[str, Any]) -> str:
+def _kernels(result: Mapping[str, Any]) -> Iterable[str]:
+    if "amx" not in result:  # nothing was multiplied
+        return
     if result["bench"] == "linear":
         ran = [(row["kernel"], row["tokens"]) for row in result["rows"]]
     else:
         ran = [(name, rows) for rows, kernels in result["kernels"].items() for name in kernels.values()]
     rows_of = {kernel: ", ".join(str(rows) for name, rows in ran if name == kernel) for kernel, _ in ran}
     kernels = ", ".join(f"{kernel} (M = {rows})" for kernel, rows in rows_of.items())
-    return f"Ran on {result['isa']}, AMX {'' if result['amx'] else 'not '}used: {kernels}."
+    yield f"Ran on {result['isa']}, AMX {'' if result['amx'] else 'not '}used: {kernels}."
 
 
 def _range(values: Mapping[str, float], digits: int) -> str:

@@ -176,4 +176,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else _REPR.repr(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"

@@ -44,7 +44,7 @@ class Finished:
 
 
 class DirectoryWriter:
-    """A context manager: `write` tensors, `commit` each weight, then `finish`.
+    """A context manager: `write` tensors, `commit` each weight, then `finish`. Threads may write different weights.
 
     Left without `finish`, DST.partial stays for the next attempt, unless the source was found bad (CheckpointError).
     Raises UserError where DST exists, or DST.partial is another conversion's or in use; ResourceError where the disk is
@@ -112,8 +112,13 @@ class DirectoryWriter:
         with _disk_errors(self.partial):
             self._append({"weight": weight, "sha256": hashes, "error": error, "reference": reference})
 
-    def finish(self, files: Mapping[str, bytes | Path], recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> None:
-        """Writes the other files, syncs everything, and gives the directory its name. `files` are the tokenizer's."""
+    def finish(
+        self, files: Mapping[str, bytes | Path], recipe: Mapping[str, Any], quality: Mapping[str, Any] | None
+    ) -> None:
+        """Writes the other files, syncs everything, and gives the directory its name.
+
+        `files` are the tokenizer's; `quality` is None for weights that stand for no others.
+        """
         identity = self._identity
         weights = {
             spec.name: {"format": identity["format"], "shape": spec.shape} for spec in self.specs if spec.is_matrix

@@ -35,7 +35,9 @@ _HARMLESS = {
 }
 _YUAN_LATER = """
     attention_projection_size use_moe moe_config num_experts num_local_experts num_experts_per_tok router_type
-    per_layer_experts_blocks rotary_percent output_router_logits num_key_value_heads head_dim rope_scaling"""
+    per_layer_experts_blocks rotary_percent output_router_logits num_key_value_heads head_dim rope_scaling
+    rotary_base use_yarn use_rope_scaling use_lfa_bias llm_config vision_config"""
+LATER_FAMILIES = "it belongs to Yuan2-M32 and Yuan 3.0, and for now fourfold runs the dense Yuan 2.0 models only"
 
 
 def model_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -45,8 +47,10 @@ def model_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     CheckpointError for a missing key, a value of the wrong type, or numbers that make no model.
     """
     f = Fields(config, where)
-    f.refuse({"quantization_config"}, "fourfold reads unquantized Hugging Face checkpoints; start from those")
     model_type = f.text("model_type")
+    if model_type.startswith("yuan"):
+        f.refuse(_YUAN_LATER.split(), LATER_FAMILIES)
+    f.refuse({"quantization_config"}, "fourfold reads unquantized Hugging Face checkpoints; start from those")
     if model_type not in _READERS:
         raise UnsupportedError(
             f"{where}: architecture {model_type!r} is not supported; fourfold runs {', '.join(_READERS)}"
@@ -111,10 +115,6 @@ def _llama_like(
 
 
 def _yuan(f: Fields) -> ModelConfig:
-    f.refuse(
-        _YUAN_LATER.split(),
-        "it belongs to Yuan2-M32 and Yuan 3.0, and for now fourfold runs the dense Yuan 2.0 models only",
-    )
     f.only("tie_word_embeddings", True)  # a copy may be stored as lm_head; the published models tie
     f.only("causal_mask", True)
     f.only("rope_theta", 10000)

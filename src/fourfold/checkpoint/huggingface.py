@@ -1,10 +1,15 @@
-"""Hugging Face directories: `config.json` and safetensors, in one file or sharded, read through a memory mapping."""
+"""Hugging Face directories: `config.json` and weights in one file or in shards, read through a memory mapping.
+
+The weights are safetensors, or files of `torch.save` (*.bin), whose pickles are read as data and never executed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +17,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fourfold.checkpoint import torch_file
 from fourfold.checkpoint.fields import Fields, check, check_names
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint, one_line, read_json
+from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
 
@@ -22,40 +29,42 @@ if TYPE_CHECKING:
     from fourfold.models.rows import SourceTensor
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One way to store weights: the name of a single file, of the index of several, of any, and its reader."""
+
+    single: str
+    index: str
+    pattern: str
+    tensors: Callable[[MappedFile], Mapping[str, SourceTensor]]
 
 
 def open_huggingface(path: Path) -> Source:
     """The model in a directory. Raises CheckpointError or UnsupportedError, in a sentence that names what is wrong."""
     config_file = path / "config.json"
     if not config_file.is_file():
-        raise CheckpointError(f"{path} has no config.json, so it is not a Hugging Face model")
+        raise CheckpointError(
+            f"{path} has no config.json and no mp_rank_00, so it is no model of Hugging Face or Megatron"
+        )
     fields = read_json(config_file)
     if "fourfold" in fields:
         raise CheckpointError(f"{path} is converted already; give the model that it was converted from")
     config = _with_generation_eos(model_config(fields, str(config_file)), path / "generation_config.json")
-    shards = _shards(path)
+    form, shards = _shards(path)
     files: list[MappedFile] = []
     tensors: dict[str, SourceTensor] = {}
     for shard, listed in shards.items():
         file = MappedFile(shard)
         files.append(file)
-        found = safetensors(file)
+        found = form.tensors(file)
         for name in listed - found.keys():
-            raise CheckpointError(f"{path / INDEX} places the tensor {name} in {shard.name}, which lacks it")
+            raise CheckpointError(f"{path / form.index} places the tensor {name} in {shard.name}, which lacks it")
         for name in found.keys() - listed if listed else ():
-            raise CheckpointError(f"{shard} holds the tensor {name}, which {INDEX} does not place there")
+            raise CheckpointError(f"{shard} holds the tensor {name}, which {form.index} does not place there")
         tensors |= found
-    tokenizer = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+    tokenizer = find_tokenizer([path])
     return Source(
         path=path,
         config=config,
@@ -91,39 +100,42 @@ def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
     return tensors
 
 
-def _shards(path: Path) -> dict[Path, set[str]]:
-    """The files with the weights, each with the tensors that the index places in it (none where there is no index)."""
-    if (path / SINGLE).is_file():
-        return {path / SINGLE: set()}
-    if not (path / INDEX).is_file():
-        return {_lone_file(path): set()}
-    index = read_json(path / INDEX).get("weight_map")
+_FORMS = (
+    _Form("model.safetensors", "model.safetensors.index.json", "*.safetensors", safetensors),
+    _Form("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin", torch_file.weights),
+)
+
+
+def _shards(path: Path) -> tuple[_Form, dict[Path, set[str]]]:
+    """The first form that is there, and its files, each with the tensors that the index places in it.
+
+    Where there is no index, no tensors are listed.
+    """
+    for form in _FORMS:
+        if (path / form.single).is_file():
+            return form, {path / form.single: set()}
+        if (path / form.index).is_file():
+            return form, _indexed(path, form)
+        found = sorted(path.glob(form.pattern))
+        if len(found) > 1:
+            raise CheckpointError(f"{path} has {len(found)} {form.pattern} but no {form.index} to say what is in them")
+        if found:
+            return form, {found[0]: set()}
+    raise CheckpointError(f"{path} has no {' and no '.join(form.pattern for form in _FORMS)}, so there are no weights")
+
+
+def _indexed(path: Path, form: _Form) -> dict[Path, set[str]]:
+    file = path / form.index
+    index = read_json(file).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
-        raise CheckpointError(f"{path / INDEX} has no weight_map from tensors to files")
-    check_names(index, str(path / INDEX))
+        raise CheckpointError(f"{file} has no weight_map from tensors to files")
+    check_names(index, str(file))
     shards: dict[Path, set[str]] = {}
     for name, shard in index.items():
         if shard != Path(shard).name or not (path / shard).is_file():
-            raise CheckpointError(
-                f"{path / INDEX} places the tensor {name} in {shard!r}, which is not a file beside it"
-            )
+            raise CheckpointError(f"{file} places the tensor {name} in {shard!r}, which is not a file beside it")
         shards.setdefault(path / shard, set()).add(name)
     return shards
-
-
-def _lone_file(path: Path) -> Path:
-    match sorted(path.glob("*.safetensors")):
-        case [only]:
-            return only
-        case []:
-            if pickles := sorted(path.glob("*.bin")):
-                raise UnsupportedError(
-                    f"{path} has its weights in pickles ({pickles[0].name}), which fourfold never opens, since they can"
-                    " run code; convert them to safetensors first"
-                )
-            raise CheckpointError(f"{path} has no *.safetensors, so there are no weights")
-        case several:
-            raise CheckpointError(f"{path} has {len(several)} *.safetensors but no {INDEX} to say what is in them")
 
 
 def _with_generation_eos(config: ModelConfig, file: Path) -> ModelConfig:

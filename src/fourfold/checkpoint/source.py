@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,20 @@ class Source:
         for file in self._files:
             file.close()
 
+    def forgetter(self) -> Callable[[], None]:
+        """A function that gives back the memory of all that was read since the last call of this one.
+
+        A mapped file's pages count as the process's own from when they are touched until then. Rows that are used again
+        afterwards are read again.
+        """
+        reads = [(file, file.take_reads()) for file in self._files]
+
+        def forget() -> None:
+            for file, ranges in reads:
+                file.forget(ranges)
+
+        return forget
+
     def __enter__(self) -> Source:
         return self
 
@@ -58,26 +73,45 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._bytes: NDArray[np.uint8] | None = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+            with path.open("rb") as file:
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise CheckpointError(f"{path} is empty") from error
-        self.size = self._bytes.size
+        self.size = len(self._map)
+        self._reads: list[tuple[int, int]] = []
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """A view of bytes [start, stop), which must lie in the file. Raises ValueError after `close`."""
-        if self._bytes is None:
+        if self._map is None:
             raise ValueError(f"{self.path} has been closed")
-        return self._bytes[start:stop]
+        self._reads.append((start, stop))
+        self._advise(mmap.MADV_WILLNEED, start, stop)  # a disk is asked for all of it at once, not for a page at a time
+        return np.frombuffer(self._map, np.uint8, stop - start, start)
+
+    def take_reads(self) -> list[tuple[int, int]]:
+        """The ranges that were read since the last call."""
+        reads, self._reads = self._reads, []
+        return reads
+
+    def forget(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Gives the memory of these ranges back; a page that is used again is mapped again."""
+        for start, stop in ranges:
+            self._advise(mmap.MADV_DONTNEED, start, stop)
 
     def close(self) -> None:
-        self._bytes = None
+        self._map = None  # views keep the mapping
+
+    def _advise(self, advice: int, start: int, stop: int) -> None:
+        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and stop > begin:
+            self._map.madvise(advice, begin, stop - begin)
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor that lies in a file as it is, first axis outermost; rows are views of the mapping."""
+    """A tensor that lies in a file as it is, first axis outermost; rows are views of the mapping where aligned."""
 
     file: MappedFile
     offset: int
@@ -88,7 +122,7 @@ class MappedTensor:
         assert 0 <= start <= stop <= self.shape[0]
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         packed = self.file.read(self.offset + start * row_bytes, self.offset + stop * row_bytes)
-        return packed.view(self.dtype).reshape(stop - start, *self.shape[1:])
+        return np.require(packed.view(self.dtype).reshape(stop - start, *self.shape[1:]), requirements="A")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Shapes of published models by name, for planning and for synthetic weights: no file is needed to ask about one.
 
 Sources: the Yuan 2.0 training scripts (IEIT-Yuan/Yuan-2.0, examples/pretrain_yuan2.0_*.sh), arXiv 2311.15786, table 8;
-the published config.json of Llama 2 (7B), Llama 3.1 (8B, 70B), Llama 3.2 (1B, 3B) and SmolLM2 (135M, 360M).
+the published config.json of Llama 2 (7B), Llama 3.1 (8B, 70B), Llama 3.2 (1B, 3B), Qwen2 (0.5B) and SmolLM2 (135M,
+360M).
+llama-3b alone is not as published: it has Llama 2's vocabulary, so that it stays below 3 B and its embedding small.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fourfold.config import ModelConfig, RopeScaling
 
@@ -90,8 +94,27 @@ SHAPES: dict[str, ModelConfig] = {
         bos_id=1,
         eos_ids=(2,),
     ),
-    "llama-3b": _llama3(28, 3072, 24, 128, 8192, 32.0, tie_embeddings=True),
+    "llama-3b": replace(
+        _llama3(28, 3072, 24, 128, 8192, 32.0, tie_embeddings=True), vocab_size=32000, bos_id=1, eos_ids=(2,)
+    ),
     "llama-1b": _llama3(16, 2048, 32, 64, 8192, 32.0, tie_embeddings=True),
+    "qwen2-0.5b": ModelConfig(
+        model_type="qwen2",
+        vocab_size=151936,
+        dim=896,
+        n_layers=24,
+        n_heads=14,
+        n_kv_heads=2,
+        head_dim=64,
+        hidden_dim=4864,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        max_context=32768,
+        tie_embeddings=True,
+        qkv_bias=True,
+        bos_id=151643,
+        eos_ids=(151643,),
+    ),
     "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
     "smollm2-135m": _smollm2(30, 576, 9, 3, 1536),
 }

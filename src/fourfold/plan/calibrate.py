@@ -19,7 +19,7 @@ import fourfold._core as _core
 from fourfold.config import KVFormat, ModelConfig, WeightFormat
 from fourfold.engine import MAX_STEP_TOKENS
 from fourfold.errors import ResourceError, RuntimeFailure
-from fourfold.footprint import HUGE_PAGE, PAGE, kv_page_bytes
+from fourfold.footprint import HUGE_PAGE, PAGE
 from fourfold.format import TILE_N, stored_bytes
 from fourfold.machine import Machine, RankPlan, choose_isa
 from fourfold.plan.machines import MAX_SHARE, Attained, NodeRates, PlannedMachine
@@ -100,7 +100,7 @@ class Calibration:
     def _load_attention(self, config: ModelConfig, n_bytes: float) -> None:
         bench, heads = self._bench, cut_heads(config, self._bench.n_ranks)
         kv_heads = [width // config.head_dim for width in heads.kv.widths]
-        layer = sum(kv_heads) * kv_page_bytes(bench.kv, config.head_dim) * KV_POSITIONS // PAGE
+        layer = sum(kv_heads) * _core.kv_page_bytes(bench.kv, config.head_dim) * KV_POSITIONS // PAGE
         self._kv_layer_bytes = layer * (KV_POSITIONS - 1) / KV_POSITIONS
         self._queries_per_kv = config.n_heads / config.n_kv_heads
         self._query_heads = [width // config.head_dim for width in heads.q.widths]

@@ -193,6 +193,8 @@ void bind_program(nb::module_& m) {
         "kv"_a, "head_dim"_a, "Bytes of PAGE positions of one KV head.");
     m.def("scratch_bytes", &Program::scratch_bytes, "widest_inputs"_a, "context"_a, "head_dim"_a,
           "Bytes of scratch a thread.");
+    m.def("attend_chunk", &Program::attend_chunk, "context"_a, "Positions that one thread attends to at a time.");
+    m.attr("SPLIT_ITEMS") = Program::kSplitItems;
     m.def("attend_shared_bytes", &Program::attend_shared_bytes, "threads"_a, "context"_a, "head_dim"_a,
           "Bytes of a rank's partial attention.");
     m.attr("PHASES") = std::vector<std::string>(std::begin(kPhaseNames), std::end(kPhaseNames));

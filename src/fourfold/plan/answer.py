@@ -276,7 +276,7 @@ class _Question:
         if attained.queries_per_kv != queries:
             yield (
                 f"Attention's share is of {attained.queries_per_kv:g} query heads to a KV head, and this model has "
-                f"{queries:g}: more of them read the cache more slowly."
+                f"{queries:g}: more of them may read the cache more slowly."
             )
         cpus = [cpu for rank in on for cpu in rank.cpus]
         if len(set(cpus)) < len(cpus):

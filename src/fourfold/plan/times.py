@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import fourfold._core as _core
 from fourfold.engine import MAX_STEP_TOKENS
 from fourfold.machine import RankPlan
 from fourfold.plan.machines import PlannedMachine
@@ -144,11 +145,12 @@ class Clock:
         """(reading the cache, the rest) of one layer for one token."""
         reading, rest = [], []
         for rank in self._ranks:
-            heads = self._work.heads[rank]
-            busiest = self._busiest(heads, rank)
-            n_bytes = position * self._work.kv_layer_bytes[rank]
-            reading.append(self._read_us(n_bytes, busiest, rank, self._a.kv, cached))
-            rest.append(self._a.head_us * busiest * heads)
+            heads, n_bytes = self._work.heads[rank], position * self._work.kv_layer_bytes[rank]
+            # Where heads are few for the threads, threads divide the positions too.
+            is_split = heads < _core.SPLIT_ITEMS * self._threads[rank]
+            pieces = heads * -(-(position + 1) // self._work.attend_chunk) if is_split else heads
+            reading.append(self._read_us(n_bytes, self._busiest(pieces, rank), rank, self._a.kv, cached))
+            rest.append(self._a.head_us * self._busiest(heads, rank) * heads)
         return max(reading), max(rest)
 
     def _prefill_step_us(self, start: int, rows: int) -> tuple[float, float, float, float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import fourfold._core as _core
 from fourfold import models
 from fourfold.config import KVFormat, ModelConfig, WeightFormat
 from fourfold.engine import MAX_STEP_TOKENS
@@ -50,6 +51,7 @@ class Work:
     head_dim: int
     heads: tuple[int, ...]  # query heads
     kv_layer_bytes: tuple[float, ...]  # KV cache of a position in one layer
+    attend_chunk: int  # positions that one thread attends to at a time, where heads are few
 
     @cached_property
     def read_bytes(self) -> tuple[int, ...]:
@@ -89,6 +91,7 @@ def count_work(
         head_dim=config.head_dim,
         heads=tuple(width // config.head_dim for width in builder.heads().widths),
         kv_layer_bytes=tuple(page / PAGE / config.n_layers for page in need.kv_page),
+        attend_chunk=_core.attend_chunk(context),
     )
 
 

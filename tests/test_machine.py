@@ -143,7 +143,7 @@ def test_cores_without_memory_are_used_with_the_nearest_that_is_to_be_had(tmp_pa
         {"node": 2, "cpus": [6, 7]},
     ]
     (warning,) = report["warnings"]
-    assert ("Nodes 3 have cores but no memory" if why == "no memory" else "cpuset.mems") in warning
+    assert ("cores of node 3 have no memory beside them" if why == "no memory" else "cpuset.mems") in warning
 
 
 @pytest.mark.parametrize(("n_cores", "is_said"), [(0, False), (3, True), (8, True), (9, False), (10, False)])

@@ -110,7 +110,7 @@ def _warnings(machine: Machine, isa: str) -> Iterable[str]:
     bare = [node.id for node in with_cores if node.total_bytes == 0 < machine.total_bytes]
     if bare:
         yield (
-            f"Nodes {_ranges(bare)} have cores but no memory, so they read all weights from afar: "
+            f"The cores of node {_ranges(bare)} have no memory beside them, so they read all weights from afar: "
             "put memory beside every socket."
         )
     barred = [node.id for node in with_cores if node.total_bytes and not node.memory_allowed]
@@ -175,9 +175,9 @@ def _use_rows(uses: dict[str, Any]) -> _Rows:
         ("ranks, threads", f"{len(uses['ranks'])}, {uses['threads']} in all"),
     ]
     for number, rank in enumerate(uses["ranks"]):
-        rows.append(
-            (f"rank {number}", f"node {rank['node']}, {len(rank['cpus'])} threads on CPUs {_ranges(rank['cpus'])}")
-        )
+        n_threads = len(rank["cpus"])
+        threads = "1 thread on CPU" if n_threads == 1 else f"{n_threads} threads on CPUs"
+        rows.append((f"rank {number}", f"node {rank['node']}, {threads} {_ranges(rank['cpus'])}"))
     return rows
 
 

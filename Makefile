@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
 export PROMPT
 
-.PHONY: venv chat test check format clean
+.PHONY: venv chat test emulator nodes check format clean
 venv: $(READY)
 
 # What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
@@ -30,6 +30,14 @@ chat: $(READY)
 
 test: $(READY) check
 	$(BIN)/pytest -q
+
+# Virtual machines of several NUMA nodes: docs/four-nodes.md. `make test` boots them too where there is an emulator.
+nodes: emulator
+	PYTHONPATH=tests $(BIN)/python -m vm
+
+emulator: $(READY)
+	@sh scripts/prerequisites.sh $(PYTHON) qemu-system-x86_64
+	@PYTHONPATH=tests $(BIN)/python -m vm --fetch
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks

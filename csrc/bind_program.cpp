@@ -63,10 +63,10 @@ void load_weight(std::shared_ptr<Weight> w, Team& team, std::optional<Array<cons
                   scales);
 }
 
-Vectors vectors(const std::vector<Array<const float, 1>>& arrays) {
-    Vectors out;
-    for (const auto& a : arrays) out.emplace_back(a.data(), a.data() + a.shape(0));
-    return out;
+Vectors place(const Program& p, const std::vector<Array<const float, 1>>& arrays) {
+    std::vector<std::span<const float>> parts;
+    for (const auto& a : arrays) parts.emplace_back(a.data(), a.shape(0));
+    return p.place(parts);
 }
 
 using PartTuple = std::tuple<int, int, std::vector<Array<const float, 1>>>;
@@ -100,12 +100,13 @@ void bind_program(nb::module_& m) {
     nb::class_<Team>(m, "Team")
         .def(
             "__init__",
-            [](Team* self, const std::vector<std::pair<int, std::vector<int>>>& ranks, double timeout) {
+            [](Team* self, const std::vector<std::pair<int, std::vector<int>>>& ranks, double timeout, bool may_spill) {
                 std::vector<RankPlan> plan;
-                for (const auto& [node, cpus] : ranks) plan.push_back({node, cpus});
+                for (const auto& [node, cpus] : ranks) plan.push_back({Home(node, may_spill), cpus});
                 new (self) Team(std::move(plan), timeout);
             },
-            "ranks"_a, "timeout_seconds"_a = 60.0, "ranks: (node, CPUs) of each; node -1 for any.")
+            "ranks"_a, "timeout_seconds"_a = 60.0, "may_spill"_a = false,
+            "ranks: (node, CPUs) of each; node -1 for any. may_spill: memory may come from other nodes too.")
         .def_prop_ro("n_ranks", &Team::n_ranks)
         .def("stall_next", &Team::stall_next, "rank"_a, "thread"_a, "seconds"_a, "For tests.");
 
@@ -138,21 +139,21 @@ void bind_program(nb::module_& m) {
         .def(
             "add_norm",
             [](Program& p, int src, const std::vector<Array<const float, 1>>& w, float eps, int dst) {
-                p.add_norm(src, vectors(w), eps, dst);
+                p.add_norm(src, place(p, w), eps, dst);
             },
             "src"_a, "w"_a, "eps"_a, "dst"_a)
         .def(
             "add_linear",
             [](Program& p, int src, const std::vector<PartTuple>& parts) {
                 std::vector<Program::LinearPart> linear;
-                for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, vectors(bias)});
+                for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, place(p, bias)});
                 p.add_linear(src, std::move(linear));
             },
             "src"_a, "parts"_a, "parts: (weight, destination, bias of each rank or nothing)")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {
-                p.add_reduce(partial, base, vectors(bias), dst);
+                p.add_reduce(partial, base, place(p, bias), dst);
             },
             "partial"_a, "base"_a, "bias"_a, "dst"_a)
         .def("add_cache", &Program::add_cache, "layer"_a, "q"_a, "k"_a, "v"_a)
@@ -172,6 +173,14 @@ void bind_program(nb::module_& m) {
             "rank"_a, "thread"_a, "Of the last recorded step: (int64 ns, int32 op, int32 phase) each.")
         .def_prop_ro("kv_bytes", &Program::kv_bytes)
         .def_prop_ro("disk_bytes_read", &Program::disk_bytes_read)
+        .def(
+            "memory_map",
+            [](const Program& p) {
+                std::vector<std::tuple<std::string, size_t, uintptr_t, size_t>> regions;
+                for (const Region& r : p.memory_map()) regions.emplace_back(r.kind, r.rank, r.address, r.bytes);
+                return regions;
+            },
+            "(kind, rank, address, bytes) of everything that the ranks hold.")
         .def_prop_ro("op_names", &Program::op_names)
         .def("kernels", &Program::kernels, "m"_a)
         .def_ro_static("LOGITS", &Program::kLogits);
@@ -200,5 +209,16 @@ void bind_program(nb::module_& m) {
     m.attr("PHASES") = std::vector<std::string>(std::begin(kPhaseNames), std::end(kPhaseNames));
     m.attr("RING_BYTES") = kRingBytes;
     m.attr("MAX_RANKS") = kMaxRanks;
+    m.def(
+        "nodes_of_pages",
+        [](const std::vector<uintptr_t>& addresses) -> std::optional<std::vector<int>> {
+            try {
+                return nodes_of_pages(addresses);
+            } catch (const std::system_error&) {
+                return std::nullopt;
+            }
+        },
+        "addresses"_a,
+        "The node of the page at each, negative where none is there yet; None where the system is mute.");
     m.def("memory_is_bound", &NodeMemory::all_bound, "Whether every binding of memory to a node was granted.");
 }

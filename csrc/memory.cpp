@@ -6,8 +6,9 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <new>
-#include <vector>
+#include <system_error>
 
 namespace fourfold {
 
@@ -16,7 +17,7 @@ constexpr size_t kHugePage = size_t{2} << 20, kPage = 4096;
 std::atomic<bool> unbound{false};
 }  // namespace
 
-NodeMemory::NodeMemory(size_t bytes, int node) {
+NodeMemory::NodeMemory(size_t bytes, Home home) {
     if (bytes == 0) return;
     // What fills a huge page begins on one; its tail is left to ordinary pages, or a model of many matrices of a few MB
     // would take a tenth more memory than it has weights.
@@ -34,11 +35,14 @@ NodeMemory::NodeMemory(size_t bytes, int node) {
     if (aligned > start) munmap(p, aligned - start);
     if (const size_t behind = mapped - bytes_ - (aligned - start)) munmap(data_ + bytes_, behind);
     if (unit == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
-    if (node != kAnyNode) {
+    if (home.node != kAnyNode) {
         constexpr size_t kBits = 8 * sizeof(unsigned long);
-        std::vector<unsigned long> mask(static_cast<size_t>(node) / kBits + 1);
-        mask[static_cast<size_t>(node) / kBits] |= 1ul << (static_cast<size_t>(node) % kBits);
-        if (syscall(SYS_mbind, data_, bytes_, MPOL_BIND, mask.data(), mask.size() * kBits + 1, 0) != 0) unbound = true;
+        const auto node = static_cast<size_t>(home.node);
+        std::vector<unsigned long> mask(node / kBits + 1);
+        mask[node / kBits] |= 1ul << (node % kBits);
+        // Either policy also keeps the kernel's NUMA balancing from unmapping pages to see who comes back for them.
+        const int policy = home.may_spill ? MPOL_PREFERRED : MPOL_BIND;
+        if (syscall(SYS_mbind, data_, bytes_, policy, mask.data(), mask.size() * kBits + 1, 0) != 0) unbound = true;
     }
 }
 
@@ -46,6 +50,23 @@ bool NodeMemory::all_bound() { return !unbound; }
 
 NodeMemory::~NodeMemory() {
     if (data_) munmap(data_, bytes_);
+}
+
+void list_memory(MemoryMap& map, std::string_view kind, size_t rank, const NodeMemory& memory) {
+    if (memory.bytes()) map.push_back({kind, rank, reinterpret_cast<uintptr_t>(memory.as()), memory.bytes()});
+}
+
+void list_memory(MemoryMap& map, std::string_view kind, const std::vector<NodeMemory>& memories) {
+    for (size_t rank = 0; rank < memories.size(); ++rank) list_memory(map, kind, rank, memories[rank]);
+}
+
+std::vector<int> nodes_of_pages(const std::vector<uintptr_t>& addresses) {
+    std::vector<int> nodes(addresses.size());
+    // Without nodes to move to, move_pages only says where pages are.
+    if (!addresses.empty() &&
+        syscall(SYS_move_pages, 0, addresses.size(), addresses.data(), nullptr, nodes.data(), 0) != 0)
+        throw std::system_error(errno, std::generic_category(), "move_pages");
+    return nodes;
 }
 
 }  // namespace fourfold

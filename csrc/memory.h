@@ -2,20 +2,28 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 namespace fourfold {
 
 constexpr int kAnyNode = -1;
 
+// Where pages are to lie. A node is the kernel's number, or kAnyNode: where they are first touched.
+struct Home {
+    int node;
+    bool may_spill;  // to other nodes where this one is full; else what is full of cached files gives those up first
+    Home(int node, bool may_spill = false) : node(node), may_spill(may_spill) {}
+};
+
 // Zeroed pages bound to a node before they are first touched. Owns them; moves, does not copy.
 class NodeMemory {
   public:
     NodeMemory() = default;
-    // Throws std::bad_alloc where the kernel refuses. node is the kernel's number, or kAnyNode. Where binding is not
-    // permitted (containers without the privilege) the pages fall where they are first touched: by the node's own
-    // threads.
-    NodeMemory(size_t bytes, int node);
+    // Throws std::bad_alloc where the kernel refuses. Where binding is not permitted (containers without the privilege)
+    // the pages fall where they are first touched: by the node's own threads.
+    NodeMemory(size_t bytes, Home home);
     NodeMemory(NodeMemory&& other) noexcept { *this = std::move(other); }
     NodeMemory& operator=(NodeMemory&& other) noexcept {
         std::swap(data_, other.data_);
@@ -37,5 +45,23 @@ class NodeMemory {
     uint8_t* data_ = nullptr;
     size_t bytes_ = 0;  // as mapped
 };
+
+// Memory that a rank holds, and what for: whole pages.
+struct Region {
+    std::string_view kind;
+    size_t rank;
+    uintptr_t address;
+    size_t bytes;
+};
+using MemoryMap = std::vector<Region>;
+
+// Adds what lies in `memory`; nothing where it is empty.
+void list_memory(MemoryMap& map, std::string_view kind, size_t rank, const NodeMemory& memory);
+// The same for each rank's of `memories`.
+void list_memory(MemoryMap& map, std::string_view kind, const std::vector<NodeMemory>& memories);
+
+// The node that holds the page at each address; negative where none is there yet (untouched, or read but never
+// written). Throws std::system_error where the system does not tell (containers without the privilege).
+std::vector<int> nodes_of_pages(const std::vector<uintptr_t>& addresses);
 
 }  // namespace fourfold

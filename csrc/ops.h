@@ -45,6 +45,7 @@ struct NormOp final : Op {
     NormOp(int src, Vectors w, float eps, int dst) : src(src), dst(dst), w(std::move(w)), eps(eps) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "norm"; }
+    void list_own(MemoryMap& map) const override { list_memory(map, "vectors", w.memory); }
 };
 
 struct LinearOp : Op {
@@ -56,6 +57,9 @@ struct LinearOp : Op {
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
+    void list_own(MemoryMap& map) const override {
+        for (const auto& part : parts) list_memory(map, "vectors", part.bias.memory);
+    }
 
   protected:
     struct Packed {
@@ -79,6 +83,7 @@ struct ReduceOp final : Op {
         : partial(partial), base(base), dst(dst), bias(std::move(bias)) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "reduce"; }
+    void list_own(MemoryMap& map) const override { list_memory(map, "vectors", bias.memory); }
 };
 
 struct CacheOp final : Op {
@@ -113,6 +118,7 @@ struct WithPreviousOp final : Op {
     WithPreviousOp(int src, int dst, std::vector<NodeMemory> state) : src(src), dst(dst), state(std::move(state)) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "with_previous"; }
+    void list_own(MemoryMap& map) const override { list_memory(map, "state", state); }
 };
 
 struct SelectOp final : Op {

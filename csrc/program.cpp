@@ -62,6 +62,16 @@ void Program::set_rope(std::vector<float> cosines, std::vector<float> sines) {
     sines_ = std::move(sines);
 }
 
+Vectors Program::place(const std::vector<std::span<const float>>& parts) const {
+    Vectors placed;
+    for (size_t r = 0; r < parts.size(); ++r) {
+        const NodeMemory& memory = placed.memory.emplace_back(parts[r].size_bytes(), team_->plan().at(r).node);
+        placed.width.push_back(parts[r].size());
+        std::copy(parts[r].begin(), parts[r].end(), memory.as<float>());
+    }
+    return placed;
+}
+
 void Program::read_from(const std::string& path, double patience_seconds) {
     stream_ = std::make_unique<FileStream>(path, patience_seconds);
 }
@@ -221,6 +231,27 @@ size_t Program::kv_bytes() const {
 }
 
 uint64_t Program::disk_bytes_read() const { return stream_ ? stream_->bytes_read() : 0; }
+
+MemoryMap Program::memory_map() const {
+    MemoryMap map;
+    for (size_t r = 0; r < team_->n_ranks(); ++r) {
+        for (const auto& weight : weights_) {
+            list_memory(map, "weights", r, weight->slice(r).panels);
+            list_memory(map, "weights", r, weight->slice(r).scales);
+        }
+        if (r < scratch_.size())
+            for (size_t t = 0; t < scratch_[r].size(); ++t) {
+                list_memory(map, "scratch", r, scratch_[r][t]);
+                list_memory(map, "scratch", r, gathered_[r][t]);
+            }
+    }
+    for (const Buffer& buffer : buffers_) list_memory(map, "activations", buffer.memory);
+    list_memory(map, "activations", packed_);
+    list_memory(map, "scratch", partials_);
+    for (const Cache& cache : caches_) list_memory(map, "kv", cache.pages);
+    for (const auto& op : ops_) op->list_own(map);
+    return map;
+}
 
 std::map<std::string, std::string> Program::kernels(size_t m) const {
     std::map<std::string, std::string> names;

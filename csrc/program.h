@@ -2,7 +2,7 @@
 //
 // Built once (the add_* calls, in order), then run with step(): one call a step, nothing allocated in it. Activations
 // are float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and
-// `embed`. Rows are tokens, of any mix of sequences, never padded.
+// `embed`, and a row of the rotary tables in `cache`. Rows are tokens, of any mix of sequences, never padded.
 #pragma once
 #include <algorithm>
 #include <map>
@@ -55,7 +55,13 @@ struct Buffer {
     float* row(size_t rank, size_t m) const { return memory[rank].as<float>() + m * stride[rank]; }
 };
 
-using Vectors = std::vector<std::vector<float>>;  // per rank: its part of a norm's weights or a bias
+// Each rank's part of a norm's weights or of a bias, on its node.
+struct Vectors {
+    std::vector<NodeMemory> memory;
+    std::vector<size_t> width;  // floats
+    bool empty() const { return memory.empty(); }
+    std::span<const float> operator[](size_t rank) const { return {memory[rank].as<const float>(), width[rank]}; }
+};
 
 class Op;
 
@@ -83,6 +89,9 @@ class Program : public std::enable_shared_from_this<Program> {
     void read_from(const std::string& path, double patience_seconds);
     // Angles' cosines and sines, (context, head_dim / 2) each.
     void set_rope(std::vector<float> cosines, std::vector<float> sines);
+
+    // Each rank's part, copied to its node, as the add_* below take it; nothing from nothing.
+    Vectors place(const std::vector<std::span<const float>>& parts) const;
 
     // dst = row `token` of the weight (which is cut by outputs over the ranks).
     void add_embed(int weight, int dst);
@@ -119,6 +128,8 @@ class Program : public std::enable_shared_from_this<Program> {
 
     size_t kv_bytes() const;           // of all ranks' caches
     uint64_t disk_bytes_read() const;  // weights, since the program was finished
+    // Everything the ranks hold: weights (with their scales), vectors, activations (packed too), scratch, kv, state.
+    MemoryMap memory_map() const;
     // Kernels that a step of M tokens would run, by weight format.
     std::map<std::string, std::string> kernels(size_t m) const;
     std::vector<std::string> op_names() const;
@@ -189,6 +200,7 @@ class Op {
     virtual void run(Program& p, Worker& worker, const Step& step) const = 0;
     virtual std::string name() const = 0;
     virtual bool ends_globally() const { return false; }  // other ranks read what this op wrote
+    virtual void list_own(MemoryMap&) const {}            // what the op itself holds
 };
 
 }  // namespace fourfold

@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
 #include "timeline.h"
 
 namespace fourfold {
@@ -24,7 +25,7 @@ namespace fourfold {
 constexpr size_t kMaxRanks = 64;
 
 struct RankPlan {
-    int node;               // where its memory goes: the kernel's number, or kAnyNode
+    Home node;              // where its memory goes
     std::vector<int> cpus;  // one thread each; the same CPU may stand in several ranks
 };
 

@@ -21,7 +21,7 @@ MAX_LINES = 450
 FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
-    ("config", "format", "machine"),
+    ("config", "format", "machine", "placement"),
     ("models", "program", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),

@@ -129,6 +129,32 @@ def test_a_node_whose_memory_is_barred_is_known(tmp_path: Path) -> None:
     assert any("cpuset.mems" in warning for warning in doctor.report(root=str(tmp_path))["warnings"])
 
 
+@pytest.mark.parametrize("why", ["no memory", "barred"])
+def test_cores_without_memory_are_used_with_the_nearest_that_is_to_be_had(tmp_path: Path, why: str) -> None:
+    write_machine(tmp_path, n_sockets=2, nodes_per_socket=2, cores_per_socket=4)
+    if why == "no memory":
+        write(tmp_path, "sys/devices/system/node/node3/meminfo", "Node 3 MemTotal:  0 kB\nNode 3 MemFree:  0 kB")
+    restrict(tmp_path, cpus=range(8), nodes=[0, 1, 2])  # Linux lists no node without memory
+    report = doctor.report(root=str(tmp_path))
+    assert report["uses"]["ranks"] == [
+        {"node": 0, "cpus": [0, 1]},
+        {"node": 1, "cpus": [2, 3]},
+        {"node": 2, "cpus": [4, 5]},
+        {"node": 2, "cpus": [6, 7]},
+    ]
+    (warning,) = report["warnings"]
+    assert ("cores of node 3 have no memory beside them" if why == "no memory" else "cpuset.mems") in warning
+
+
+@pytest.mark.parametrize(("n_cores", "is_said"), [(0, False), (3, True), (8, True), (9, False), (10, False)])
+def test_nodes_of_unlike_strength_are_pointed_out(tmp_path: Path, n_cores: int, is_said: bool) -> None:
+    write_machine(tmp_path, n_sockets=2, cores_per_socket=10)
+    restrict(tmp_path, cpus=range(10 + n_cores), nodes=[0, 1])
+    said = [warning for warning in doctor.report(root=str(tmp_path))["warnings"] if "waits for the smallest" in warning]
+    assert len(said) == is_said
+    assert all(f"10, {n_cores} usable cores" in warning for warning in said)
+
+
 def test_without_sys_there_is_one_node_of_the_processors_in_cpuinfo(tmp_path: Path) -> None:
     write(tmp_path, "proc/cpuinfo", f"processor : 0\nflags : {AVX2}\n\nprocessor : 1\nflags : {AVX2}")
     write(tmp_path, "proc/meminfo", "MemTotal: 4 kB\nMemFree: 1 kB\nMemAvailable: 2 kB")

@@ -18,6 +18,7 @@ from fourfold.quantize import cache_root
 
 MIN_DISK_BYTES = 50_000_000  # less is read too soon to say what a disk gives
 
+EVEN = 0.9  # of the largest node's cores: what is lost above goes unsaid
 _KERNELS = {
     "scalar": "plain C++: the definition of correct, and slow",
     "avx2": "AVX2 and FMA",
@@ -108,13 +109,26 @@ def _warnings(machine: Machine, isa: str) -> Iterable[str]:
         )
     if machine.offline_cpus:
         yield f"CPUs {_ranges(machine.offline_cpus)} are switched off: bring them online if they are meant to work."
+    with_cores = [node for node in machine.nodes if node.usable_cpus]
+    counts = [len(node.usable_cpus) for node in with_cores]
+    if counts and min(counts) < EVEN * max(counts):
+        yield (
+            f"Nodes {_ranges([node.id for node in with_cores])} have {', '.join(map(str, counts))} usable cores and "
+            "even parts of a model, so every token waits for the smallest: give each as many."
+        )
     limit = machine.cgroup.memory_bytes
     if limit is not None and limit < machine.total_bytes:
         yield (
             f"The cgroup limits memory to {_gb(limit)} of {_gb(machine.total_bytes)}: "
             "a model and its cache must fit in that, or raise memory.max."
         )
-    barred = [node.id for node in machine.nodes if node.usable_cpus and not node.memory_allowed]
+    bare = [node.id for node in with_cores if node.total_bytes == 0 < machine.total_bytes]
+    if bare:
+        yield (
+            f"The cores of node {_ranges(bare)} have no memory beside them, so they read all weights from afar: "
+            "put memory beside every socket."
+        )
+    barred = [node.id for node in with_cores if node.total_bytes and not node.memory_allowed]
     if barred:
         yield (
             f"The memory of nodes {_ranges(barred)} is barred to this process, so its cores would read from afar: "
@@ -176,9 +190,9 @@ def _use_rows(uses: dict[str, Any]) -> _Rows:
         ("ranks, threads", f"{len(uses['ranks'])}, {uses['threads']} in all"),
     ]
     for number, rank in enumerate(uses["ranks"]):
-        rows.append(
-            (f"rank {number}", f"node {rank['node']}, {len(rank['cpus'])} threads on CPUs {_ranges(rank['cpus'])}")
-        )
+        n_threads = len(rank["cpus"])
+        threads = "1 thread on CPU" if n_threads == 1 else f"{n_threads} threads on CPUs"
+        rows.append((f"rank {number}", f"node {rank['node']}, {threads} {_ranges(rank['cpus'])}"))
     return rows
 
 

@@ -23,6 +23,7 @@ from fourfold.errors import RuntimeFailure, UserError
 from fourfold.footprint import PAGE, footprint, resident_bytes
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.placement import by_rank, start_team
 from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
 from fourfold.residency import Residency, Weights, check_address_space, choose_residency
@@ -91,8 +92,7 @@ class Engine:
         self._lock = RLock()  # again and again in one thread: a dropped stream is freed wherever it is collected
         self._pool = PagePool(n_pages, MAX_SEQUENCES, PAGE)
 
-        nodes = len({rank.node for rank in self.plan})
-        self._team = _core.Team([(r.node if nodes > 1 else -1, r.cpus) for r in self.plan], timeout_seconds)
+        self._team = start_team(machine, self.plan, timeout_seconds)
         self._program = _core.make_program(
             self._team,
             max_tokens=MAX_STEP_TOKENS,
@@ -223,6 +223,7 @@ class Engine:
             "threads": sum(len(r.cpus) for r in self.plan),
             "context": self.context,
             "memory_bound": bool(_core.memory_is_bound()),  # False where the system refused to bind memory to a node
+            "memory": by_rank(self._running().memory_map(), [rank.node for rank in self.plan]),
             "weight_bytes": self.weight_bytes,
             "resident_bytes": resident_bytes(),
             "disk": self._disk.describe() if self._disk else None,

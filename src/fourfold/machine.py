@@ -26,6 +26,11 @@ class Node:
     distances: list[int]  # to each node in the order of Machine.nodes; 10 is here
     memory_allowed: bool  # whether this process may take its pages
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is any for this process."""
+        return self.memory_allowed and self.total_bytes > 0
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -67,7 +72,7 @@ class Machine:
 class RankPlan:
     """Where one tensor-parallel rank lives: its memory on a node, one thread pinned to each CPU."""
 
-    node: int
+    node: int  # the CPUs' own, or where that has no memory for this process the nearest that does
     cpus: list[int]
 
 
@@ -146,7 +151,7 @@ def plan_ranks(machine: Machine, n_ranks: int | None = None, n_threads: int | No
         raise UnsupportedError(f"{n_ranks} ranks are more than fourfold runs; use --ranks {MAX_RANKS} or fewer")
     nodes = nodes[:n_ranks]
     plan = [
-        RankPlan(node.id, cpus)
+        RankPlan(_memory_node(node, machine), cpus)
         for position, node in enumerate(nodes)
         for cpus in _deal(node.usable_cpus, len(range(position, n_ranks, len(nodes))))
     ]
@@ -156,6 +161,15 @@ def plan_ranks(machine: Machine, n_ranks: int | None = None, n_threads: int | No
             f"{n_threads} threads do not fit {n_ranks} ranks here: ask for {n_ranks} to {n_most} threads"
         )
     return _trim(plan, n_wanted)
+
+
+def _memory_node(node: Node, machine: Machine) -> int:
+    """Where memory for a node's CPUs is to be had; the node itself where no node is known to have any."""
+    near = zip(node.distances, machine.nodes, strict=False)
+    return min(
+        ((distance, other.id != node.id, other.id) for distance, other in near if other.has_memory),
+        default=(0, False, node.id),
+    )[2]
 
 
 def _deal(cpus: list[int], n_ranks: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ import fourfold._core as _core
 from fourfold.errors import ResourceError
 from fourfold.footprint import Footprint
 from fourfold.machine import Machine, RankPlan, address_space_left
+from fourfold.placement import uses_one_node
 
 Weights = Literal["auto", "memory", "disk"]
 WEIGHTS: tuple[Weights, ...] = ("auto", "memory", "disk")
@@ -104,8 +105,8 @@ def gb(n_bytes: float) -> str:
 def _pools(machine: Machine, plan: list[RankPlan], besides: int) -> list[_Pool]:
     """The machine's memory and, where ranks are bound to several nodes, each node's."""
     pools = [_Pool("", machine.available_bytes, tuple(range(len(plan))), besides)]
-    if len({rank.node for rank in plan}) == 1:
-        return pools  # its memory is bound to no node
+    if uses_one_node(plan):
+        return pools  # what the node lacks comes from the others
     for node in machine.nodes:
         ranks = tuple(i for i, rank in enumerate(plan) if rank.node == node.id)
         if ranks:

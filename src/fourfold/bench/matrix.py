@@ -22,6 +22,7 @@ from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_K, n_panels, panel_bytes, stored_bytes
 from fourfold.locate import DEFAULT_FORMAT
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.placement import start_team
 from fourfold.program import TILE_N, split
 from fourfold.progress import bar
 
@@ -120,8 +121,8 @@ class Copies:
         self, format: WeightFormat, n: int, k: int, n_copies: int, plan: Sequence[RankPlan], isa: str, kernel: str
     ) -> None:
         self.format, self.n, self.k, self.isa, self.kernel = format, n, k, isa, kernel
-        self.n_ranks, nodes = len(plan), len({rank.node for rank in plan})
-        self.team = _core.Team([(rank.node if nodes > 1 else -1, rank.cpus) for rank in plan])
+        self.n_ranks = len(plan)
+        self.team = start_team(read_machine(), plan)
         panels = np.empty((n_panels(n), panel_bytes(format, k)), np.uint8)
         scales = np.empty(n_panels(n), np.float32) if format in SCALED else None
         rows = np.random.default_rng(0).standard_normal((n, k), dtype=np.float32)

@@ -19,6 +19,7 @@ from fourfold.bench.limits import check_counts, spread
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.format import TILE_K, n_panels, panel_bytes
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.placement import start_team
 from fourfold.profile import MARK, WAIT
 from fourfold.program import TILE_N, whole
 
@@ -95,8 +96,8 @@ class _Reductions:
 
     def __init__(self, plan: Sequence[RankPlan], width: int) -> None:
         self.isa = choose_isa()
-        nodes, n_ranks = len({rank.node for rank in plan}), len(plan)
-        self._plan, self._team = plan, _core.Team([(r.node if nodes > 1 else -1, r.cpus) for r in plan])
+        n_ranks = len(plan)
+        self._plan, self._team = plan, start_team(read_machine(), plan)
         rng = np.random.default_rng(0)
         inputs = rng.standard_normal((1, n_ranks * TILE_K), dtype=np.float32)  # an embedding of one row
         spread_out = np.eye(n_ranks * TILE_K, dtype=np.float32)

@@ -16,7 +16,8 @@ from fourfold.config import KVFormat, WeightFormat
 from fourfold.errors import RuntimeFailure
 from fourfold.footprint import PAGE
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes
-from fourfold.machine import RankPlan
+from fourfold.machine import RankPlan, read_machine
+from fourfold.placement import start_team
 from fourfold.program import TILE_K, HeadCut, split
 
 NARROW = 64  # width of activations that are there only to begin with
@@ -36,9 +37,7 @@ class Bench:
 
     @classmethod
     def of(cls, plan: Sequence[RankPlan], isa: str, format: WeightFormat, kv: KVFormat) -> Bench:
-        nodes = len({rank.node for rank in plan})
-        team = _core.Team([(rank.node if nodes > 1 else -1, rank.cpus) for rank in plan])
-        return cls(plan, team, isa, format, kv)
+        return cls(plan, start_team(read_machine(), plan), isa, format, kv)
 
     @property
     def n_ranks(self) -> int:

@@ -46,14 +46,23 @@ struct NormOp final : Op {
 };
 
 struct LinearOp final : Op {
-    int src;
+    Program::LinearInput input;
     std::vector<Program::LinearPart> parts;
+    Program::LinearSum sum;
     bool is_partial;  // its inputs are cut over ranks: a reduction follows
-    LinearOp(int src, std::vector<Program::LinearPart> parts, bool is_partial)
-        : src(src), parts(std::move(parts)), is_partial(is_partial) {}
+    LinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
+             bool is_partial)
+        : input(std::move(input)), parts(std::move(parts)), sum(std::move(sum)), is_partial(is_partial) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
+
+  private:
+    // This thread's share of the input, in the form that the kernel reads: one row by tiles, many rows by rows.
+    void pack(Program&, const Worker&, Activation, size_t m, size_t k_tiles) const;
+    // What follows the multiplication, in this thread's own columns [begin, end): bias and sum.
+    void finish(Program&, const Worker&, const Program::LinearPart&, float* y, size_t y_stride, size_t m, size_t begin,
+                size_t end) const;
 };
 
 struct ReduceOp final : Op {

@@ -67,7 +67,7 @@ void Program::add_norm(int src, Vectors w, float eps, int dst) {
     ops_.push_back(std::make_unique<NormOp>(src, std::move(w), eps, dst));
 }
 
-void Program::add_linear(int src, std::vector<LinearPart> parts) {
+void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum) {
     bool partial = false;
     for (const LinearPart& part : parts) {
         const Weight& w = *weights_[static_cast<size_t>(part.weight)];
@@ -75,7 +75,10 @@ void Program::add_linear(int src, std::vector<LinearPart> parts) {
             throw std::invalid_argument("the weights of one linear must have one format");
         partial |= w.inputs_are_cut();
     }
-    ops_.push_back(std::make_unique<LinearOp>(src, std::move(parts), partial));
+    if (sum.dst != kNone && (partial || parts.size() != 1))
+        throw std::invalid_argument(
+            "a linear adds to another activation only where one rank has all inputs of one part");
+    ops_.push_back(std::make_unique<LinearOp>(std::move(input), std::move(parts), std::move(sum), partial));
 }
 
 void Program::add_reduce(int partial, int base, Vectors bias, int dst) {

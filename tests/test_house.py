@@ -22,7 +22,7 @@ FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
     ("config", "format", "machine"),
-    ("models", "program", "footprint", "rotary"),
+    ("models", "program", "fusion", "footprint", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine", "profile", "trace_file"),

@@ -128,7 +128,8 @@ void bind_kernels(nb::module_& m) {
     m.def(
         "rms_norm",
         [](const std::string& isa, Array<const float, 1> x, Array<const float, 1> w, float eps, Array<float, 1> y) {
-            rows_named(isa).rms_norm(x.data(), w.data(), eps, x.shape(0), y.data());
+            const RowKernels& rows = rows_named(isa);
+            rows.scale_row(x.data(), w.data(), rows.rms_factor(x.data(), eps, x.shape(0)), x.shape(0), y.data());
         },
         "isa"_a, "x"_a, "w"_a, "eps"_a, "y"_a.noconvert());
     m.def(

@@ -144,12 +144,16 @@ void bind_program(nb::module_& m) {
             "src"_a, "w"_a, "eps"_a, "dst"_a)
         .def(
             "add_linear",
-            [](Program& p, int src, const std::vector<PartTuple>& parts) {
+            [](Program& p, int src, const std::vector<PartTuple>& parts, const std::vector<Array<const float, 1>>& norm,
+               float eps, int up, int base, int sum, const std::vector<Array<const float, 1>>& sum_bias) {
                 std::vector<Program::LinearPart> linear;
                 for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, place(p, bias)});
-                p.add_linear(src, std::move(linear));
+                p.add_linear({src, place(p, norm), eps, up}, std::move(linear), {base, sum, place(p, sum_bias)});
             },
-            "src"_a, "parts"_a, "parts: (weight, destination, bias of each rank or nothing)")
+            "src"_a, "parts"_a, nb::kw_only(), "norm"_a = nb::list(), "eps"_a = 0.0f, "up"_a = Program::kNone,
+            "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
+            "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input is "
+            "normed with. sum: where base + outputs + sum_bias goes.")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {
@@ -183,7 +187,8 @@ void bind_program(nb::module_& m) {
             "(kind, rank, address, bytes) of everything that the ranks hold.")
         .def_prop_ro("op_names", &Program::op_names)
         .def("kernels", &Program::kernels, "m"_a)
-        .def_ro_static("LOGITS", &Program::kLogits);
+        .def_ro_static("LOGITS", &Program::kLogits)
+        .def_ro_static("NONE", &Program::kNone);
     m.def(
         "make_program",
         [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages,

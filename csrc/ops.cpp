@@ -34,13 +34,16 @@ void EmbedOp::run(Program& p, Worker& worker, const Step& step) const {
 void NormOp::run(Program& p, Worker& worker, const Step& step) const {
     const Buffer &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
     const auto [begin, end] = worker.share(Ops::n_rows(from, step));
-    for (size_t m = begin; m < end; ++m)
-        Ops::rows(p).rms_norm(from.row(worker.rank, m), w[worker.rank].data(), eps, from.width[worker.rank],
-                              to.row(worker.rank, m));
+    const size_t width = from.width[worker.rank];
+    for (size_t m = begin; m < end; ++m) {
+        const float* row = from.row(worker.rank, m);
+        const float factor = Ops::rows(p).rms_factor(row, eps, width);
+        Ops::rows(p).scale_row(row, w[worker.rank].data(), factor, width, to.row(worker.rank, m));
+    }
 }
 
 void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
-    const size_t m = Ops::n_rows(Ops::buffer(p, src), step);
+    const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     if (m == 0) return;
     const Packed packed = pack(p, worker, m);
     size_t n_panels = 0;
@@ -58,47 +61,81 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     }
 }
 
-// The activations once, in the kernel's form: one row by tiles, many rows by bands.
 LinearOp::Packed LinearOp::pack(Program& p, Worker& worker, size_t m) const {
     const size_t r = worker.rank;
-    const Buffer& from = Ops::buffer(p, src);
     const LinearKernel& kernel = Ops::kernel(p, Ops::weight(p, parts[0].weight).format, m);
     size_t k_tiles = 0;
     for (const auto& part : parts) k_tiles = std::max(k_tiles, Ops::weight(p, part.weight).slice(r).k_tiles);
-    uint8_t* packed = Ops::packed(p, r);
-    const size_t rows = kernel.activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
+    worker.begins_as(Phase::pack);
+    pack_share(p, worker, kernel.activation, m, k_tiles);
+    worker.barrier();
+    return {kernel, Ops::packed(p, r), m};
+}
+
+void LinearOp::pack_share(Program& p, const Worker& worker, Activation form, size_t m, size_t k_tiles) const {
+    const size_t r = worker.rank;
+    const RowKernels& kernels = Ops::rows(p);
+    const Buffer& from = Ops::buffer(p, input.src);
+    const size_t width = from.width[r], rows = form == Activation::bf16 ? (m + 15) / 16 * 16 : m;
     const auto [t0, t1] = rows == 1 ? worker.share(k_tiles) : std::pair<size_t, size_t>{0, k_tiles};
     const auto [m0, m1] = rows == 1 ? std::pair<size_t, size_t>{0, 1} : worker.share(rows);
-    worker.begins_as(Phase::pack);
-    if (k_tiles)
-        Ops::rows(p).pack(kernel.activation, from.row(r, 0), from.stride[r], m, from.width[r], k_tiles, m0, m1, t0, t1,
-                          packed);
-    worker.barrier();
-    return {kernel, packed, m};
+    if (t0 == t1) return;
+    const auto pack_rows = [&](const float* x, size_t stride, size_t first, size_t last) {
+        kernels.pack(form, x, stride, m, width, k_tiles, first, last, t0, t1, Ops::packed(p, r));
+    };
+    if (input.norm.empty() && input.up == Program::kNone) return pack_rows(from.row(r, 0), from.stride[r], m0, m1);
+
+    auto* made = reinterpret_cast<float*>(Ops::scratch(p, worker));
+    const size_t begin = t0 * kTileK, count = std::min(t1 * kTileK, width) - begin;
+    for (size_t row = m0; row < m1; ++row) {
+        if (row < m) {  // else padding, which pack makes zero
+            const float* x = from.row(r, row);
+            if (input.up != Program::kNone)
+                kernels.silu_mul(x + begin, Ops::buffer(p, input.up).row(r, row) + begin, count, made + begin);
+            else
+                kernels.scale_row(x + begin, input.norm[r].data() + begin, kernels.rms_factor(x, input.eps, width),
+                                  count, made + begin);
+        }
+        pack_rows(made, 0, row, row + 1);
+    }
 }
 
 void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, const Packed& packed,
                         const Program::LinearPart& part, const uint8_t* panels, size_t b, size_t e) const {
     if (b == e) return;
-    const size_t r = worker.rank, m = packed.m;
+    const size_t r = worker.rank;
     const Weight& w = Ops::weight(p, part.weight);
     const Weight::Slice& s = w.slice(r);
     const bool to_logits = part.dst == Program::kLogits;
     float* y = to_logits ? step.logits + s.plan.outputs[0].begin : Ops::buffer(p, part.dst).row(r, 0);
     const size_t y_stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
-    packed.kernel.run({panels, has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed.x, m,
-                       y + b * kTileN, y_stride, Ops::scratch(p, worker)});
-    if (part.bias.empty()) return;
-    const float* bias = part.bias[r].data();
-    const size_t stop = std::min(e * kTileN, part.bias[r].size());
-    for (size_t row = 0; row < m; ++row)
-        for (size_t n = b * kTileN; n < stop; ++n) y[row * y_stride + n] += bias[n];
+    packed.kernel.run({panels, has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed.x,
+                       packed.m, y + b * kTileN, y_stride, Ops::scratch(p, worker)});
+    finish(p, worker, part, y, y_stride, packed.m, b * kTileN, e * kTileN);
 }
 
 void LinearOp::add_zeros(Program& p, const Worker& worker, const Program::LinearPart& part, size_t m) const {
     const Buffer& to = Ops::buffer(p, part.dst);
     const auto [c0, c1] = worker.share(to.stride[worker.rank], kLine);
     for (size_t row = 0; row < m; ++row) std::memset(to.row(worker.rank, row) + c0, 0, (c1 - c0) * sizeof(float));
+}
+
+void LinearOp::finish(Program& p, const Worker& worker, const Program::LinearPart& part, float* y, size_t y_stride,
+                      size_t m, size_t begin, size_t end) const {
+    const size_t r = worker.rank;
+    if (!part.bias.empty()) {
+        const size_t stop = std::min(end, part.bias[r].size());
+        for (size_t row = 0; row < m; ++row)
+            for (size_t n = begin; n < stop; ++n) y[row * y_stride + n] += part.bias[r][n];
+    }
+    if (sum.dst == Program::kNone) return;
+    const Buffer &plus = Ops::buffer(p, sum.base), &to = Ops::buffer(p, sum.dst);
+    const float* bias = sum.bias.empty() ? nullptr : sum.bias[r].data() + begin;
+    const size_t count = std::min(end, to.width[r]) - begin;
+    for (size_t row = 0; row < m; ++row) {
+        const float* outputs = y + row * y_stride + begin;
+        Ops::rows(p).add_parts(plus.row(r, row) + begin, &outputs, 1, bias, count, to.row(r, row) + begin);
+    }
 }
 
 void ReduceOp::run(Program& p, Worker& worker, const Step& step) const {

@@ -49,16 +49,20 @@ struct NormOp final : Op {
 };
 
 struct LinearOp : Op {
-    int src;
+    Program::LinearInput input;
     std::vector<Program::LinearPart> parts;
+    Program::LinearSum sum;
     bool is_partial;  // its inputs are cut over ranks: a reduction follows
-    LinearOp(int src, std::vector<Program::LinearPart> parts, bool is_partial)
-        : src(src), parts(std::move(parts)), is_partial(is_partial) {}
+    LinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
+             bool is_partial)
+        : input(std::move(input)), parts(std::move(parts)), sum(std::move(sum)), is_partial(is_partial) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
     void list_own(MemoryMap& map) const override {
+        list_memory(map, "vectors", input.norm.memory);
         for (const auto& part : parts) list_memory(map, "vectors", part.bias.memory);
+        list_memory(map, "vectors", sum.bias.memory);
     }
 
   protected:
@@ -69,11 +73,18 @@ struct LinearOp : Op {
     };
     // Packs m rows, at least one; all threads of the rank do it together.
     Packed pack(Program&, Worker&, size_t m) const;
-    // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`.
+    // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`, then their bias and sum.
     void multiply(Program&, const Worker&, const Step&, const Packed&, const Program::LinearPart&,
                   const uint8_t* panels, size_t begin, size_t end) const;
     // A rank that holds none of a part's inputs still adds its zeros.
     void add_zeros(Program&, const Worker&, const Program::LinearPart&, size_t m) const;
+
+  private:
+    // This thread's share of the input, in the form that the kernel reads: one row by tiles, many rows by rows.
+    void pack_share(Program&, const Worker&, Activation, size_t m, size_t k_tiles) const;
+    // What follows the multiplication, in this thread's own columns [begin, end): bias and sum.
+    void finish(Program&, const Worker&, const Program::LinearPart&, float* y, size_t y_stride, size_t m, size_t begin,
+                size_t end) const;
 };
 
 struct ReduceOp final : Op {

@@ -7,7 +7,7 @@ namespace fourfold {
 
 void StreamedLinearOp::run(Program& p, Worker& worker, const Step& step) const {
     FileStream& stream = Ops::stream(p);
-    const size_t m = Ops::n_rows(Ops::buffer(p, src), step);
+    const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     const uint64_t begin = step.first_piece + first_piece, end = begin + pieces.size();
     if (m == 0) {  // no logits are wanted, and the disk has read the head already
         for (uint64_t i = begin; i < end; ++i) {

@@ -17,9 +17,11 @@ struct StreamedLinearOp final : LinearOp {
     };
     std::vector<Piece> pieces;
     size_t first_piece;  // among a step's
-    StreamedLinearOp(int src, std::vector<Program::LinearPart> parts, bool is_partial, std::vector<Piece> pieces,
-                     size_t first_piece)
-        : LinearOp(src, std::move(parts), is_partial), pieces(std::move(pieces)), first_piece(first_piece) {}
+    StreamedLinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
+                     bool is_partial, std::vector<Piece> pieces, size_t first_piece)
+        : LinearOp(std::move(input), std::move(parts), std::move(sum), is_partial),
+          pieces(std::move(pieces)),
+          first_piece(first_piece) {}
     void run(Program&, Worker&, const Step&) const override;
 
   private:

@@ -87,7 +87,7 @@ void Program::add_norm(int src, Vectors w, float eps, int dst) {
     ops_.push_back(std::make_unique<NormOp>(src, std::move(w), eps, dst));
 }
 
-void Program::add_linear(int src, std::vector<LinearPart> parts) {
+void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum) {
     bool partial = false, in_memory = true;
     for (const LinearPart& part : parts) {
         const Weight& w = *weights_[static_cast<size_t>(part.weight)];
@@ -96,11 +96,14 @@ void Program::add_linear(int src, std::vector<LinearPart> parts) {
         partial |= w.inputs_are_cut();
         in_memory &= w.is_in_memory();
     }
-    if (!in_memory) return add_streamed_linear(src, std::move(parts), partial);
-    ops_.push_back(std::make_unique<LinearOp>(src, std::move(parts), partial));
+    if (sum.dst != kNone && (partial || parts.size() != 1))
+        throw std::invalid_argument(
+            "a linear adds to another activation only where one rank has all inputs of one part");
+    if (!in_memory) return add_streamed_linear(std::move(input), std::move(parts), std::move(sum), partial);
+    ops_.push_back(std::make_unique<LinearOp>(std::move(input), std::move(parts), std::move(sum), partial));
 }
 
-void Program::add_streamed_linear(int src, std::vector<LinearPart> parts, bool partial) {
+void Program::add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial) {
     const size_t first = pieces_.size();
     std::vector<StreamedLinearOp::Piece> pieces;
     for (size_t i = 0; i < parts.size(); ++i) {
@@ -113,7 +116,8 @@ void Program::add_streamed_linear(int src, std::vector<LinearPart> parts, bool p
             pieces_.push_back({*w.file_offset + panel * bytes, n * bytes});
         }
     }
-    ops_.push_back(std::make_unique<StreamedLinearOp>(src, std::move(parts), partial, std::move(pieces), first));
+    ops_.push_back(std::make_unique<StreamedLinearOp>(std::move(input), std::move(parts), std::move(sum), partial,
+                                                      std::move(pieces), first));
 }
 
 void Program::add_reduce(int partial, int base, Vectors bias, int dst) {

@@ -100,9 +100,23 @@ class Program : public std::enable_shared_from_this<Program> {
         int weight, dst;
         Vectors bias;  // empty: none
     };
-    // dst = src W^T + bias for each part, src read once. dst may be kLogits: the ranks' outputs side by side.
+    // What is multiplied: rows of src; with a norm's weights, their norm; with `up`, silu(src) * up. Made while the
+    // rows are brought into the kernel's form, so that it takes no pass and no barrier of its own.
+    static constexpr int kNone = -1;
+    struct LinearInput {
+        int src;
+        Vectors norm = {};  // empty: none
+        float eps = 0;
+        int up = kNone;
+    };
+    // What is done with the outputs of the only part, where one rank has all inputs: dst = base + outputs + bias.
+    struct LinearSum {
+        int base = kNone, dst = kNone;
+        Vectors bias = {};
+    };
+    // dst = input W^T + bias for each part, the input read once. dst may be kLogits: the ranks' outputs side by side.
     static constexpr int kLogits = -1;
-    void add_linear(int src, std::vector<LinearPart> parts);
+    void add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum);
     // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank.
     void add_reduce(int partial, int base, Vectors bias, int dst);
     // Rotates q and k by their positions; writes k and v to the layer's cache.
@@ -163,7 +177,7 @@ class Program : public std::enable_shared_from_this<Program> {
 
   private:
     friend struct Ops;
-    void add_streamed_linear(int src, std::vector<LinearPart> parts, bool partial);
+    void add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial);
     const LinearKernel& kernel(Format format, size_t m) const;
     void walk(Worker& worker, const Step& step);  // one thread's part
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
     ("config", "format", "machine", "placement"),
-    ("models", "program", "footprint", "residency", "rotary"),
+    ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache"),
     ("engine", "disk", "profile", "trace_file"),

@@ -16,6 +16,7 @@ from fourfold import format as tiles
 from fourfold import models
 from fourfold.config import ModelConfig
 from fourfold.errors import UnsupportedError
+from fourfold.fusion import fuse
 from fourfold.program import Activation, Cut, Op, ProgramBuilder, assign_buffers, cut_heads, split, whole
 
 
@@ -125,7 +126,8 @@ def test_no_model_overwrites_what_it_still_needs(model_type: str, n_ranks: int) 
         builder = ProgramBuilder(model, n_ranks)
         models.architecture(model_type).describe(model, builder)
         check_buffers(builder.ops, builder.activations)
-        counts.append(len(assign_buffers(builder.ops, builder.activations)[1]))
+        check_buffers(fused := fuse(builder.ops, n_ranks), builder.activations)
+        counts.append(len(assign_buffers(fused, builder.activations)[1]))
     assert counts[0] == counts[1], "buffers must not grow with the layers"
 
 
@@ -156,6 +158,7 @@ def test_no_program_overwrites_what_it_still_needs(data: st.DataObject) -> None:
             wide.append(builder.sum_linear(base, builder.with_previous(h), "s", inputs=hidden, taps=2))
     builder.head(data.draw(st.sampled_from(wide)), "norm", "embed")
     check_buffers(builder.ops, builder.activations)
+    check_buffers(fuse(builder.ops, builder.n_ranks), builder.activations)
 
 
 # ---- weights

@@ -129,8 +129,10 @@ constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (kPag
 
 struct RowKernels {
     Isa isa;
-    // y = x / sqrt(mean(x^2) + eps) * w; n elements.
-    void (*rms_norm)(const float* x, const float* w, float eps, size_t n, float* y);
+    // 1 / sqrt(mean(x^2) + eps) of n elements.
+    float (*rms_factor)(const float* x, float eps, size_t n);
+    // y = x * factor * w.
+    void (*scale_row)(const float* x, const float* w, float factor, size_t n, float* y);
     // Rotate-half rotary embedding in place: (x[i], x[i + d/2]) by the angle whose cosine and sine are c[i], s[i].
     void (*rope)(float* x, const float* c, const float* s, size_t d);
     // y = silu(a) * b.

@@ -1,14 +1,18 @@
 // Norm, rotary embedding, gated activation, sums and the packing of activations, against the dialect. Each is one pass
 // over rows that lie in a cache; all are bound by loads. Tails shorter than a vector are done one by one.
 
-void rms_norm(const float* x, const float* w, float eps, size_t n, float* y) {
+float rms_factor(const float* x, float eps, size_t n) {
     Vec squares = zero();
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
     for (; i < n; ++i) total += x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
-    for (i = 0; i + kLanes <= n; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(w + i)));
+    return 1.0f / std::sqrt(total / static_cast<float>(n) + eps);
+}
+
+void scale_row(const float* x, const float* w, float factor, size_t n, float* y) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, mul(mul(load(x + i), set1(factor)), load(w + i)));
     for (; i < n; ++i) y[i] = x[i] * factor * w[i];
 }
 

@@ -21,6 +21,7 @@ from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.disk import WeightDisk
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.footprint import PAGE, footprint, resident_bytes
+from fourfold.fusion import fuse
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.placement import by_rank, start_team
@@ -76,6 +77,7 @@ class Engine:
         self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
+        builder.ops = fuse(builder.ops, len(self.plan))
         formats = {name: weight.format for name, weight in stored.weights.items()}
         self._footprint = footprint(
             builder,
@@ -354,11 +356,21 @@ class _Assembly:
 
     def _linear(self, op: Op) -> None:
         outs = [self._buffer(op, i, write=True) for i in range(len(op.writes))] or [_core.Program.LOGITS]
+        *reads, base = [self._buffer(op, i) for i in range(len(op.reads))] + [_core.Program.NONE] * (not op.sums)
         parts = [
             (self._weight(*weight), out, self._vectors(bias))
-            for weight, out, bias in zip(op.weights, outs, op.vectors, strict=True)
+            for weight, out, bias in zip(op.weights, outs[: len(op.weights)], op.vectors, strict=True)
         ]
-        self._program.add_linear(self._buffer(op, 0), parts)
+        self._program.add_linear(
+            reads[0],
+            parts,
+            norm=self._vectors(op.norm),
+            eps=self._builder.config.norm_eps,
+            up=reads[1] if op.gated else _core.Program.NONE,
+            base=base,
+            sum=outs[-1] if op.sums else _core.Program.NONE,
+            sum_bias=self._vectors(op.sum_bias),
+        )
 
     def _reduce(self, op: Op) -> None:
         partial, base = self._buffer(op, 0), self._buffer(op, 1)

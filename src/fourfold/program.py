@@ -94,6 +94,7 @@ def cut_heads(config: ModelConfig, n_ranks: int) -> HeadCut:
     return HeadCut(Cut(config.n_heads * d, tuple(q)), Cut(config.n_kv_heads * d, tuple(kv)), kv_of_head)
 
 
+Vector = tuple[str, Cut]
 OpKind = Literal["embed", "norm", "linear", "reduce", "cache", "attend", "gated", "with_previous", "select"]
 
 
@@ -109,14 +110,22 @@ class Activation:
 
 @dataclass(frozen=True)
 class Op:
-    """One op. `weights` and `vectors` name weights; their cuts say what each rank holds."""
+    """One op. `weights` and vectors name weights; their cuts say what each rank holds.
+
+    A linear op reads its input, or the gate and what it gates, then the base of its sum if it has one; it writes an
+    activation for each weight (the head none), then the sum.
+    """
 
     kind: OpKind
     reads: tuple[Activation, ...]
     writes: tuple[Activation, ...]
     weights: tuple[tuple[str, Cut, Cut], ...] = ()  # (name, outputs, inputs)
-    vectors: tuple[tuple[str, Cut] | None, ...] = ()
+    vectors: tuple[Vector | None, ...] = ()
     layer: int = 0
+    norm: Vector | None = None  # of a linear op: its input is normed with it
+    gated: bool = False  # of a linear op: its input is silu(first) · second
+    sums: bool = False  # of a linear op: base + its outputs (+ bias) is written as well
+    sum_bias: Vector | None = None
 
 
 @dataclass

@@ -61,7 +61,10 @@ class Work:
 
 
 def write_program(config: ModelConfig, n_ranks: int) -> ProgramBuilder:
-    """The program that the engine would run. Raises UnsupportedError where the model cannot be cut so."""
+    """The program of the model, before `fuse`: a norm within a linear op costs about what one of its own does.
+
+    Raises UnsupportedError where the model cannot be cut so.
+    """
     builder = ProgramBuilder(config, n_ranks)
     models.architecture(config.model_type).describe(config, builder)
     return builder

@@ -60,11 +60,15 @@ def _lose_the_policy(run: Report) -> None:
 
 
 def _move_a_thread(run: Report) -> None:
-    run["threads"][0]["processor"] += 1
+    run["threads"][0][0][1] += 1
 
 
 def _unpin_a_thread(run: Report) -> None:
-    run["threads"][-1]["allowed"] = "0-3"
+    run["threads"][-1][0][0] = "0-3"
+
+
+def _free_the_caller(run: Report) -> None:
+    run["caller"] = [["0-3", 0], ["0", 1]]
 
 
 def _lose_the_cache(run: Report) -> None:
@@ -97,6 +101,7 @@ def _refuse(run: Report) -> None:
         (2, _lose_the_policy, "have the policy default, not prefer:0"),
         (1, _move_a_thread, "ran on"),
         (1, _unpin_a_thread, "threads may run on"),
+        (1, _free_the_caller, "the caller, whose CPU is 0, was seen at"),
         (1, _lose_the_cache, "kv of rank 0, which is at home on node 0, lie on {}"),
         (0, _compute_something_else, "logits in steps are nan from what they should be"),
         (1, _depend_on_ranks, "logits are 0.1 from those of one rank"),

@@ -77,7 +77,8 @@ def show(name: str, report: dict[str, Any], seconds: float) -> str:
 
 def _rank(rank: int, plan: dict[str, Any], facts: dict[str, Any]) -> str:
     cpus = {str(cpu) for cpu in plan["cpus"]}
-    ran = sorted({thread["processor"] for thread in facts["threads"] if thread["allowed"] in cpus})
+    seen = {tuple(at) for thread in (facts["caller"], *facts["threads"]) for at in thread}
+    ran = sorted({processor for allowed, processor in seen if allowed in cpus})
     kinds: dict[str, Counter[str]] = {}
     for region in facts["memory"]:
         if region["rank"] == rank:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
+from threading import Event, Thread, get_native_id
 from time import monotonic
 from typing import Any, NamedTuple, TypedDict
 
@@ -75,7 +76,7 @@ def run(order: Run, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
     directory = Path(order["model"])
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, order["cpus"] or everywhere)
-    before = set(threads())
+    before = {int(task.name) for task in Path("/proc/self/task").iterdir()}
     started = monotonic()
     try:
         engine = Engine(directory, **order["options"])
@@ -84,9 +85,10 @@ def run(order: Run, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
     finally:
         os.sched_setaffinity(0, everywhere)
     expected = np.load(directory / "expected.npy")
-    at_once = engine.logits(order["ids"])
-    sequence = engine.new_sequence()
-    steps = np.stack([engine.extend(sequence, [i]) for i in order["ids"][: order["n_steps"]]])
+    with Watch() as watch:
+        at_once = engine.logits(order["ids"])
+        sequence = engine.new_sequence()
+        steps = np.stack([engine.extend(sequence, [i]) for i in order["ids"][: order["n_steps"]]])
     facts = {
         "name": order["name"],
         "largest_logit": float(np.abs(expected).max()),
@@ -95,7 +97,8 @@ def run(order: Run, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
         "sha256": {"at once": digest(at_once), "in steps": digest(steps)},
         "describe": engine.describe(),
         "plan": [{"node": rank.node, "cpus": rank.cpus} for rank in engine.plan],
-        "threads": [facts for thread, facts in threads().items() if thread not in before],
+        "caller": sorted(watch.seen[get_native_id()]),  # it works too, and is elsewhere between steps
+        "threads": [sorted(seen) for thread, seen in watch.seen.items() if thread not in before],
         "memory": memory(engine._program.memory_map()),
         "seconds": monotonic() - started,
     }
@@ -179,15 +182,35 @@ def control() -> dict[str, dict[str, int]]:
     return found
 
 
-def threads() -> dict[str, dict[str, Any]]:
-    """By thread: the CPUs it may run on, and the one it was last seen on."""
-    found = {}
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread may end while we look
-            status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
-            stat = (task / "stat").read_text().rpartition(")")[2].split()
-            found[task.name] = {"allowed": status["Cpus_allowed_list"], "processor": int(stat[36])}
-    return found
+class Watch:
+    """Looks again and again, while it is entered, on which CPUs the threads may run and on which they are.
+
+    `seen`: for each thread, by its number, every (CPUs it may run on, CPU it was last on).
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[int, set[tuple[str, int]]] = {}
+        self._left = Event()
+
+    def __enter__(self) -> Watch:
+        self._thread = Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+        self.seen.pop(self._thread.native_id or 0, None)
+
+    def _look(self) -> None:
+        is_over = False
+        while not is_over:  # at least one look, however short the steps
+            is_over = self._left.wait(0.01)
+            for task in Path("/proc/self/task").iterdir():
+                with suppress(FileNotFoundError, ProcessLookupError):  # a thread may end while we look
+                    status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+                    stat = (task / "stat").read_text().rpartition(")")[2].split()
+                    self.seen.setdefault(int(task.name), set()).add((status["Cpus_allowed_list"], int(stat[36])))
 
 
 def modules() -> dict[str, str]:

@@ -71,12 +71,12 @@ FOUR = Topology(
 )
 UNEVEN = Topology(
     "uneven",
-    (Node(3, 768), Node(1, 56)),
+    (Node(3, 768), Node(1, 40)),
     ((0, (0, 1, 2)), (1, (3,))),
     (
         run("one rank", "small", ranks=1),
         run("a rank on each node", "small", against="one rank"),
-        run("too large for node 1", "wide", refused="on NUMA node 1"),
+        run("too large for node 1", "wide", refused="on NUMA node 1", weights="memory"),
     ),
     ("have 3, 1 usable cores",),
 )

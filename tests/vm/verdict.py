@@ -71,7 +71,7 @@ def _run(topology: Topology, order: dict[str, Any], facts: dict[str, Any], model
     plan = [(rank["node"], tuple(rank["cpus"])) for rank in facts["plan"]]
     if not order["options"] and plan != list(topology.ranks):
         yield f"ranks are {plan}"
-    yield from _threads(plan, facts["threads"])
+    yield from _threads(plan, facts)
     yield from _memory(plan, facts["memory"])
     if not facts["describe"]["memory_bound"]:
         yield "memory was not bound"
@@ -80,13 +80,16 @@ def _run(topology: Topology, order: dict[str, Any], facts: dict[str, Any], model
             yield f"describe says that {said['elsewhere_bytes']} bytes of rank {rank} lie elsewhere"
 
 
-def _threads(plan: list[tuple[int, tuple[int, ...]]], threads: list[dict[str, Any]]) -> Iterator[str]:
-    wanted = Counter(str(cpu) for _, cpus in plan for cpu in cpus)
-    if Counter(thread["allowed"] for thread in threads) != wanted:
-        yield f"threads may run on {[thread['allowed'] for thread in threads]}"
-    for thread in threads:
-        if str(thread["processor"]) != thread["allowed"]:
-            yield f"a thread of CPU {thread['allowed']} ran on {thread['processor']}"
+def _threads(plan: list[tuple[int, tuple[int, ...]]], facts: dict[str, Any]) -> Iterator[str]:
+    first, *others = [cpu for _, cpus in plan for cpu in cpus]
+    if [str(first), first] not in facts["caller"]:
+        yield f"the caller, whose CPU is {first}, was seen at {facts['caller']}"
+    at = [seen for thread in facts["threads"] for seen in thread]
+    if Counter(allowed for thread in facts["threads"] for allowed, _ in thread) != Counter(map(str, others)):
+        yield f"threads may run on {[allowed for allowed, _ in at]}, and should on {others}"
+    for allowed, processor in at:
+        if str(processor) != allowed:
+            yield f"a thread of CPU {allowed} ran on {processor}"
 
 
 def _memory(plan: list[tuple[int, tuple[int, ...]]], regions: list[dict[str, Any]]) -> Iterator[str]:

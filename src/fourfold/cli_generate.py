@@ -140,7 +140,10 @@ def _check_reads_text(options: Mapping[str, Any]) -> None:
     """Raises UserError for a directory without a tokenizer, before its weights are loaded."""
     path = Path(options["model"]).expanduser()
     if options["model"] not in BUNDLED and fourfold_format(path) and not Tokenizer.is_in(path):
-        raise UserError(f"{path} has no tokenizer, so it reads no text; use `fourfold run --ids 1,2,3` on it")
+        raise UserError(
+            f"{path} has no tokenizer, so it reads no text: use `fourfold run --ids 1,2,3` on it;"
+            " `fourfold quantize SRC DST --tokenizer DIR` takes one from elsewhere"
+        )
 
 
 def header(model: str, facts: Mapping[str, Any]) -> str:

@@ -83,9 +83,10 @@ class MappedFile:
         self._reads: list[tuple[int, int]] = []
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """A view of bytes [start, stop), which must lie in the file. Raises ValueError after `close`."""
+        """A view of bytes [start, stop), fewer where the file ends before. Raises ValueError after `close`."""
         if self._map is None:
             raise ValueError(f"{self.path} has been closed")
+        start, stop = min(start, self.size), min(stop, self.size)
         self._reads.append((start, stop))
         self._advise(mmap.MADV_WILLNEED, start, stop)  # a disk is asked for all of it at once, not for a page at a time
         return np.frombuffer(self._map, np.uint8, stop - start, start)

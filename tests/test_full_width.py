@@ -6,6 +6,7 @@ Takes 0.7 GB of disk, 2 GB of memory and some minutes of numpy, so `make test` l
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,13 +110,13 @@ class Statement:
 
         def chunk(bounds: tuple[int, int]) -> tuple[F64, F64]:
             w, scales = self.rows(name, *bounds)
-            y, w = x @ w.T, np.abs(w)
+            y, w = (x.reshape(-1, k) @ w.T).reshape(*x.shape[:2], -1), np.abs(w)
             product = size @ w.T
             error = (units["weight_rel"] + units["x_rel"]) * product + units["x_abs"] * (largest @ w.T)
             error += units["weight_abs"] * (blocks.sum(axis=2) @ scales.T)
             return y, error + EPS * (k + 16) * product
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             parts = list(pool.map(chunk, self.panels(name)))
         y, error = (np.concatenate([part[i] for part in parts], axis=-1) for i in (0, 1))
         y[1:] += error * self.rng.choice((-1.0, 1.0), y[1:].shape)

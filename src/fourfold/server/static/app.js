@@ -42,6 +42,7 @@ function refresh() {
   const question = lastQuestion();
   views.forEach((view, index) => view.refresh(!running && index >= question));
   find("empty").hidden = messages.length > 0;
+  find("hint").hidden = messages.length > 0; // by then it is known, and the line is the meter's
   find("restore").hidden = messages.length > 0 || keptMessages("previous").length === 0;
   send.dataset.mode = running ? "stop" : "send";
   send.setAttribute("aria-label", say(running ? "stop" : "send"));
@@ -314,6 +315,7 @@ prefersDark.addEventListener("change", ({ matches }) => {
 });
 addEventListener("pagehide", keepMessages);
 addEventListener("resize", fitDraft);
+new ResizeObserver(() => isAtEnd && toEnd()).observe(scroll); // a keyboard on the screen, a draft that grows
 setInterval(() => {
   const last = views.at(-1);
   if (last?.message.failure?.retryAt && !running) last.updateStatus(); // counts the seconds down

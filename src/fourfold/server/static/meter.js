@@ -6,6 +6,7 @@ import { number, say } from "./strings.js";
 
 const EVERY_MS = 2000;
 const WHEN_AWAY_MS = 6000;
+const PARTS = ["meter", "meter-speed", "meter-share", "meter-share-text", "gauge", "meter-queue"];
 
 export class Meter {
   /** `find(id)` gives the meter's elements; `key()` the API key. */
@@ -36,17 +37,22 @@ export class Meter {
   }
 
   show() {
-    const [meter, speed, share, shareText, gauge, queue] = ["meter", "meter-speed", "meter-share", "meter-share-text", "gauge", "meter-queue"].map(this.find);
+    const [meter, speed, share, shareText, gauge, queue] = PARTS.map(this.find);
     const { latest } = this;
     const isBusy = Boolean(latest && (latest.running || latest.waiting));
+    const percent = Math.round(100 * (latest?.memory_share ?? 0));
     meter.hidden = !latest && this.kind !== "Unreachable"; // without a key the server's work is nobody's business
     meter.dataset.state = latest ? (isBusy ? "busy" : "idle") : "away";
-    speed.textContent = latest ? (isBusy ? say("speed", { rate: number(latest.tokens_per_second, 1) }) : say("idle")) : say("offline");
-    const percent = Math.round(100 * (latest?.bandwidth_share ?? 0));
-    share.hidden = !isBusy || latest.bandwidth_share == null;
+    speed.textContent = isBusy ? speedText(latest) : say(latest ? "idle" : "offline");
+    share.hidden = !isBusy || latest.memory_share === null; // null: the machine's bandwidth was not measured
     shareText.textContent = say("share", { percent: number(percent) });
     gauge.style.width = `${Math.min(100, percent)}%`;
     queue.hidden = !isBusy;
     queue.textContent = isBusy ? say("queue", { running: number(latest.running), waiting: number(latest.waiting) }) : "";
   }
+}
+
+/** Answers' tokens; those of prompts where nothing but prompts is computed. */
+function speedText({ tokens_per_second: answers, prompt_tokens_per_second: prompts }) {
+  return answers || !prompts ? say("speed", { rate: number(answers, 1) }) : say("promptSpeed", { rate: number(prompts) });
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +54,7 @@ class FakeChat:
         self.stats: dict[str, Any] = dict(IDLE)
         self.key: str | None = None  # what must be sent, where one must
         self.hung_up = threading.Event()  # a client left before its answer's end
+        self.connections: set[socket.socket] = set()  # that are open
         self.port = 0
         self.start()
 
@@ -71,6 +74,9 @@ class FakeChat:
     def stop(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
 
     @property
@@ -88,8 +94,23 @@ class _Handler(BaseHTTPRequestHandler):
     server_of: FakeChat
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.server_of.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server_of.connections.discard(self.connection)
+        with suppress(OSError):
+            super().finish()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+    def handle_one_request(self) -> None:
+        with suppress(ConnectionResetError, BrokenPipeError):
+            super().handle_one_request()
+            return
+        self.close_connection = True
 
     def do_GET(self) -> None:
         chat = self.server_of

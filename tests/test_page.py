@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import Page, chromium, missing
+from browser import Page
 from fake_chat_server import FakeChat
 
 ESCAPE, ENTER, TAB, SHIFT = "\ue00c", "\ue007", "\ue004", "\ue008"
@@ -26,31 +26,6 @@ HOSTILE = """<script>document.title = 'taken'</script>
 </code></pre><script>document.title = 'taken'</script>
 ```
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    if why := missing():
-        pytest.skip(why)
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture
-def chat() -> Iterator[FakeChat]:
-    with FakeChat() as server:
-        yield server
-
-
-@pytest.fixture
-def page(driver: Any, chat: FakeChat) -> Iterator[Page]:
-    """The page of a server of its own: another port is another origin, where nothing is remembered."""
-    page = Page(driver, chat.url)
-    yield page
-    driver.get("about:blank")
-    page.emulate("Emulation.setEmulatedMedia", features=[])
-    page.emulate("Emulation.clearDeviceMetricsOverride")
-    assert page.complaints() == []
 
 
 def test_an_answer_is_seen_while_it_comes(page: Page, chat: FakeChat) -> None:
@@ -141,15 +116,14 @@ def test_one_of_several_models_is_chosen(page: Page, chat: FakeChat) -> None:
 
 def test_all_of_it_by_keyboard(page: Page, chat: FakeChat) -> None:
     assert page.focus == "draft"
-    page.keys("One line", SHIFT + ENTER)
-    page.driver.switch_to.active_element.send_keys(SHIFT, "\n")  # held
+    page.find("#draft").send_keys("One line", SHIFT + ENTER)  # held
     page.keys("another")
     assert chat.requests == []
     page.keys(ENTER)
     page.wait(lambda: page.is_done and page.answer == "Hello.")
-    assert chat.requests[0][1]["messages"][0]["content"].split() == ["One", "line", "another"]
-    assert "\n" in chat.requests[0][1]["messages"][0]["content"]
-    page.script("document.activeElement.blur()")
+    assert chat.requests[0][1]["messages"][0]["content"] == "One line\nanother"
+    page.keys(TAB)  # past the last: a send button with nothing to send is passed over
+    assert page.script("return document.activeElement === document.body")
     seen = []
     for _ in range(9):
         page.keys(TAB)
@@ -187,7 +161,7 @@ def test_two_languages(page: Page, chat: FakeChat) -> None:
     page.open()
     assert page.button("English").is_displayed()  # remembered
     page.button("English").click()
-    assert page.text('[data-role="assistant"] .acts').split() == ["Copy", "Retry"]
+    assert page.text(".acts button") == "Retry"
 
 
 def test_the_browsers_language_is_taken(page: Page) -> None:
@@ -313,7 +287,7 @@ def test_narrow_and_wide_nothing_but_code_scrolls_sideways(page: Page, chat: Fak
     page.ask_and_wait("w" * 300)
     for width in (320, 1200):
         page.emulate("Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=1, mobile=width < 400)
-        wide = "return [...document.querySelectorAll('body, #scroll, .message, .body')].filter(e => e.scrollWidth > e.clientWidth)"
+        wide = "return [...document.querySelectorAll('body, #scroll, #messages, .body')].filter(e => e.scrollWidth > e.clientWidth)"
         assert page.script(f"{wide}.length") == 0
         assert page.script("const pre = document.querySelector('pre'); return pre.scrollWidth > pre.clientWidth")
 

@@ -20,6 +20,7 @@ let views = [];
 let running = null; // the AbortController of the answer that is coming
 let editing = kept("editing", null); // the text of the last question while it is being edited
 let isAtEnd = true;
+let isLeft = false;
 
 const settings = new Settings(find("settings"), () => {
   learnModels();
@@ -115,7 +116,9 @@ class Drawing {
 
 // ---- what is done
 
+/** Not once the page is being left: what breaks off then is no failure of the server's. */
 function keepMessages() {
+  if (isLeft) return;
   const isKept = keep("messages", messages);
   find("not-kept").hidden = isKept;
 }
@@ -313,7 +316,11 @@ find("language").addEventListener("click", switchLanguage);
 prefersDark.addEventListener("change", ({ matches }) => {
   if (chosen("theme") === null) setTheme(matches ? "dark" : "light");
 });
-addEventListener("pagehide", keepMessages);
+addEventListener("pagehide", () => {
+  keepMessages();
+  isLeft = true;
+});
+addEventListener("pageshow", () => (isLeft = false)); // back from the browser's cache
 addEventListener("resize", fitDraft);
 new ResizeObserver(() => isAtEnd && toEnd()).observe(scroll); // a keyboard on the screen, a draft that grows
 setInterval(() => {

@@ -2,7 +2,7 @@
 // Looser than CommonMark where Chinese needs it: emphasis may touch letters and punctuation of any script.
 
 const MAX_DEPTH = 6;
-const WINDOW = 2000; // characters searched for the other end of a mark: bounds the work on text made of marks alone
+const WINDOW = 1000; // characters searched for the other end of a mark: bounds the work on text made of marks alone
 const SPECIAL = /[\\`*_~[!<h\n]/g;
 const ESCAPABLE = "\\`*_~#<>|!{}-+.";
 const ADDRESS = /https?:\/\/[^\s<>"'`)\]}，。；：、！？（）【】《》“”]+/y;
@@ -135,16 +135,18 @@ function address(text, at) {
 /** [label](address), where the address is one that may be followed: anything else stays text. */
 function link(text, at, depth) {
   if (depth >= MAX_DEPTH) return null;
+  const limit = Math.min(text.length, at + 2 * WINDOW);
   const middle = text.slice(at, at + WINDOW).indexOf("](");
   if (middle < 0) return null;
   const from = at + middle + 2;
   let end = from;
-  for (let open = 1; end < Math.min(text.length, from + WINDOW); end += 1) {
-    if (/\s/.test(text[end])) return null;
-    if (text[end] === "(") open += 1;
-    if (text[end] === ")" && --open === 0) break;
+  for (let open = 1; end < limit; end += 1) {
+    const character = text[end];
+    if (character === "(") open += 1;
+    else if (character === ")" && --open === 0) break;
+    else if (character === " " || character === "\n") return null;
   }
-  if (text[end] !== ")") return null;
+  if (end >= limit) return null;
   const to = text.slice(from, end);
   if (!/^(https?:\/\/|mailto:)/i.test(to)) return null;
   const label = text.slice(at + 1, at + middle) || to;

@@ -135,7 +135,7 @@ function progressText({ end, content, measure, startedAt }) {
   if (!end) parts.push(say("answering"));
   if (measure) {
     const about = measure.isExact ? "" : "≈ ";
-    if (measure.tokens) parts.push(say("tokens", { n: about + number(measure.tokens) }));
+    if (measure.tokens) parts.push(say(measure.tokens === 1 ? "token" : "tokens", { n: about + number(measure.tokens) }));
     if (measure.rate) parts.push(say("speed", { rate: about + number(measure.rate, 1) }));
     if (end && measure.first !== null) parts.push(say("firstToken", { seconds: number(measure.first, 2) }));
   }

@@ -71,7 +71,7 @@ class Page:
     def wait(self, condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
         """What `condition` gives, once it gives something true; AssertionError where it does not.
 
-        A machine that stands still meanwhile is not held against the page: a look counts as a quarter of a second at most.
+        A machine that stands still meanwhile is not held against the page: a look counts as 0.25 s at most.
         """
         waited = 0.0
         while True:

@@ -1,4 +1,4 @@
-"""A server for tests of the page: the page's files under a strict policy, and answers that a test writes out in advance."""
+"""A server for tests of the page: its files under a strict policy, and answers that a test writes out in advance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 STATIC = Path(__file__).parents[1] / "src" / "fourfold" / "server" / "static"
@@ -86,7 +85,7 @@ class FakeChat:
     def __enter__(self) -> FakeChat:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 
@@ -118,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             if self._refuses_key():
                 return
             models = {"object": "list", "data": [{"id": name, "object": "model"} for name in chat.models]}
-            self._send(200, json.dumps(models if self.path == "/v1/models" else chat.stats).encode(), "application/json")
+            self._send(
+                200, json.dumps(models if self.path == "/v1/models" else chat.stats).encode(), "application/json"
+            )
             return
         name = "index.html" if self.path == "/" else self.path.removeprefix("/static/")
         file = STATIC / name
@@ -169,7 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._chunk(b"")
                 return
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        self._event({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": pieces, "total_tokens": 9 + pieces}})
+        self._event(
+            {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": pieces, "total_tokens": 9 + pieces}}
+        )
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 

@@ -1,9 +1,8 @@
-"""The page at `/` as people use it, in headless Chromium: chatting, keys, languages, themes, reloads, hostile answers."""
+"""The page at `/` as people use it, in headless Chromium: chat, keys, languages, themes, reloads, hostile answers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def test_an_answer_is_seen_while_it_comes(page: Page, chat: FakeChat) -> None:
     assert "tokens/s · first after" in page.text(".status")
     page.wait(lambda: page.text("#meter").split("\n")[-1] == "1 running, 0 waiting")
     assert "38.2 tokens/s" in page.text("#meter")
-    assert "71 % of memory bandwidth" in page.text("#meter")
+    assert "71\u00a0% of memory bandwidth" in page.text("#meter")
     _, body = chat.requests[0]
     assert body == {
         "model": "smollm2-135m",
@@ -152,8 +151,11 @@ def test_enter_that_ends_a_composition_sends_nothing(page: Page, chat: FakeChat)
 
 
 def test_two_languages(page: Page, chat: FakeChat) -> None:
+    chat.answers = [["```py\nx = 1\n```\n"]]
     page.ask_and_wait("Hello?")
     page.button("中文").click()
+    assert page.text(".code-head button") == "复制"
+    assert page.find(".code-head button").get_attribute("aria-label") == "复制代码"
     assert page.script("return document.documentElement.lang") == "zh-CN"
     assert page.find("#draft").get_attribute("placeholder") == "输入消息"
     assert "个词元" in page.text(".status")
@@ -195,7 +197,7 @@ def test_text_has_contrast(page: Page, theme: str) -> None:
     page.prefer(theme)
     page.open()
     names = ["paper", "raised", "tint", "ink", "muted", "accent", "on-accent", "danger", "danger-tint", "edge"]
-    code = "const s = getComputedStyle(document.documentElement); return arguments[0].map(n => s.getPropertyValue('--' + n))"
+    code = "return arguments[0].map(n => getComputedStyle(document.documentElement).getPropertyValue('--' + n))"
     color = {name: _luminance(value.strip()) for name, value in zip(names, page.script(code, names), strict=True)}
     pairs = [(front, back) for front in ("ink", "muted", "accent", "danger") for back in ("paper", "raised")]
     pairs += [("ink", "tint"), ("muted", "tint"), ("on-accent", "accent"), ("danger", "danger-tint")]
@@ -247,20 +249,25 @@ def test_a_new_chat_can_be_taken_back(page: Page, chat: FakeChat) -> None:
 def test_hostile_answers_are_text(page: Page, chat: FakeChat) -> None:
     chat.answers = [[HOSTILE[i : i + 7] for i in range(0, len(HOSTILE), 7)]]
     answer = page.ask_and_wait("Attack me.")
-    for text in ("<script>document.title = 'taken'</script>", "<img src=x onerror", "[a](javascript:", "<iframe src=x>"):
-        assert text in answer
+    assert "<script>document.title = 'taken'</script>" in answer
+    assert all(text in answer for text in ("<img src=x onerror", "[a](javascript:", "<iframe src=x>"))
     body = "document.querySelector('[data-role=assistant] > .body')"
-    assert page.script(f"return {body}.querySelectorAll('script, img, iframe, svg, b, i, [onerror], [onload]').length") == 0
+    assert (
+        page.script(f"return {body}.querySelectorAll('script, img, iframe, svg, b, i, [onerror], [onload]').length")
+        == 0
+    )
     assert page.script(f"return [...{body}.querySelectorAll('a')].map(a => a.href)") == ["http://evil.example/p.png"]
     assert page.script("return document.title") != "taken"
     page.open()  # and from storage
     assert page.answer == answer
 
 
+MARKS = ("[", "*", "`a", "**a _b ", "> ", "- ", "|", "![](", "h", " #", "\\")
+
+
 def test_marks_without_end_do_not_hang_it(page: Page, chat: FakeChat) -> None:
-    chat.answers = [[piece * 8000 + "\n\n"] for piece in ("[", "*", "`a", "**a _b ", "> ", "- ", "|", "![](", "h", " #", "\\")]
-    for _ in range(len(chat.answers)):
-        page.ask_and_wait("Next?")
+    chat.answers = [["\n\n".join(mark * 8000 for mark in MARKS) + "\n\nThe end."]]
+    assert page.ask_and_wait("Attack me.").endswith("The end.")
 
 
 def test_a_long_answer_is_drawn_as_it_grows_not_anew(page: Page, chat: FakeChat) -> None:
@@ -271,7 +278,8 @@ def test_a_long_answer_is_drawn_as_it_grows_not_anew(page: Page, chat: FakeChat)
     page.ask("Write a book.")
     page.wait(lambda: "second" in page.answer)
     page.script(
-        "const body = document.querySelector('[data-role=assistant] > .body'); window.first = body.firstChild; window.added = 0;"
+        "const body = document.querySelector('[data-role=assistant] > .body');"
+        "window.first = body.firstChild; window.added = 0;"
         "new MutationObserver(list => list.forEach(m => added += m.addedNodes.length)).observe(body, {childList: true})"
     )
     go_on.set()
@@ -283,26 +291,31 @@ def test_a_long_answer_is_drawn_as_it_grows_not_anew(page: Page, chat: FakeChat)
 
 
 def test_narrow_and_wide_nothing_but_code_scrolls_sideways(page: Page, chat: FakeChat) -> None:
-    chat.answers = [["```\n" + "long " * 200 + "\n```\n\n" + "x" * 500 + "\n\n| a | b |\n|-|-|\n| " + "y " * 300 + "| 1 |\n"]]
+    table = "| a | b |\n|-|-|\n| " + "y " * 300 + "| 1 |\n"
+    chat.answers = [["```\n" + "long " * 200 + "\n```\n\n" + "x" * 500 + "\n\n" + table]]
     page.ask_and_wait("w" * 300)
+    scrolls = "return [...document.querySelectorAll(arguments[0])].some(e => e.scrollWidth > e.clientWidth)"
     for width in (320, 1200):
-        page.emulate("Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=1, mobile=width < 400)
-        wide = "return [...document.querySelectorAll('body, #scroll, #messages, .body')].filter(e => e.scrollWidth > e.clientWidth)"
-        assert page.script(f"{wide}.length") == 0
-        assert page.script("const pre = document.querySelector('pre'); return pre.scrollWidth > pre.clientWidth")
+        size = {"width": width, "height": 640, "deviceScaleFactor": 1, "mobile": width < 400}
+        page.emulate("Emulation.setDeviceMetricsOverride", **size)
+        assert not page.script(scrolls, "body, #scroll, #messages, .body, .composer")
+        assert page.script(scrolls, "pre")
 
 
 def test_copying(page: Page, chat: FakeChat) -> None:
     chat.answers = [["```py\nx = 1\ny = 2\n```\n\nThat is *all*."]]
     page.emulate("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     page.ask_and_wait("Code?")
-    read: Callable[[], Any] = lambda: page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")  # noqa: E731
+
+    def pasted() -> str:
+        return str(page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
+
     page.button("Copy the code").click()
     page.wait(lambda: page.text(".code-head button") == "Copied")
-    assert read() == "x = 1\ny = 2"
+    assert pasted() == "x = 1\ny = 2"
     page.button("Copy").click()
-    page.wait(lambda: page.text(".acts button").startswith("Copied") or read() == chat.answers[0][0])
-    assert read() == chat.answers[0][0]
+    page.wait(lambda: page.text(".acts button").startswith("Copied") or pasted() == chat.answers[0][0])
+    assert pasted() == chat.answers[0][0]
 
 
 def test_a_screenshot_shows_something(page: Page, chat: FakeChat, tmp_path: Path) -> None:
@@ -313,7 +326,8 @@ def test_a_screenshot_shows_something(page: Page, chat: FakeChat, tmp_path: Path
     page.ask_and_wait("你好, draw something")
     for scheme in ("light", "dark"):
         page.prefer(scheme)
-        assert page.driver.save_screenshot(str(file := tmp_path / f"{scheme}.png"))
+        file = tmp_path / f"{scheme}.png"
+        assert page.driver.save_screenshot(str(file))
         grey = imread(file)[..., :3].mean(axis=2)
         background = np.median(grey)
         assert (background > 0.9) if scheme == "light" else (background < 0.2)

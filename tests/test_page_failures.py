@@ -32,9 +32,7 @@ def failure(page: Page) -> str:
     ],
     ids=["refused", "busy", "draining", "failed", "failed later", "cut", "ended early", "cut at once"],
 )
-def test_a_failure_is_one_sentence_and_can_be_retried(
-    page: Page, chat: FakeChat, answer: Any, sentence: str
-) -> None:
+def test_a_failure_is_one_sentence_and_can_be_retried(page: Page, chat: FakeChat, answer: Any, sentence: str) -> None:
     chat.answers = [answer, ["At last."]]
     came = page.ask_and_wait("Please?")
     assert failure(page) == sentence
@@ -90,10 +88,10 @@ def test_a_reload_in_the_middle_keeps_what_came(page: Page, chat: FakeChat) -> N
 def test_seconds_that_a_full_server_names_are_counted(page: Page, chat: FakeChat) -> None:
     chat.answers = [Refusal(429, headers={"Retry-After": "2"}), Refusal(503, headers={"Retry-After": "40"}), ["Now."]]
     page.ask_and_wait("Me?")
-    assert failure(page) == "The server is full; it asks to try again in 2 s."
+    assert failure(page) == "The server is full; it asks to try again in 2\u00a0s."
     page.wait(lambda: failure(page) == "The server is full at the moment.")
     page.button("Retry").click()
-    page.wait(lambda: failure(page) == "The server is starting or shutting down; it asks to try again in 40 s.")
+    page.wait(lambda: failure(page) == "The server is starting or shutting down; it asks to try again in 40\u00a0s.")
     page.button("中文").click()
     assert "秒后重试" in failure(page)
     page.button("重试").click()

@@ -33,11 +33,15 @@ def test_both_languages_say_the_same_things() -> None:
 
 def test_every_string_is_used_and_every_used_one_is_there() -> None:
     """Keys stand as words in the scripts, as values of data-i18n in the page, or are made of `error` and a kind."""
-    scripts = "".join(path.read_text(encoding="utf-8") for path in FILES if path.suffix == ".js" and path.stem != "strings")
+    scripts = "".join(
+        path.read_text(encoding="utf-8") for path in FILES if path.suffix == ".js" and path.stem != "strings"
+    )
     page = (STATIC / "index.html").read_text(encoding="utf-8")
     in_page = set(re.findall(r'data-i18n[a-z-]*="(\w+)"', page))
     kinds = set(re.findall(r'"([A-Z]\w+)"', scripts))
-    in_scripts = set(re.findall(r'"([a-z]\w+)"', scripts)) | {f"error{kind}{end}" for kind in kinds for end in ("", "For")}
+    in_scripts = set(re.findall(r'"([a-z]\w+)"', scripts)) | {
+        f"error{kind}{end}" for kind in kinds for end in ("", "For")
+    }
     keys = set(_strings("en"))
     assert in_page <= keys
     assert keys <= in_page | in_scripts
@@ -53,7 +57,15 @@ def test_a_file_needs_nothing_from_elsewhere(path: Path) -> None:
     if path.suffix == ".html":  # the policy lets no script or style stand in the page itself
         assert not re.search(r"\son\w+=|\sstyle=|<style|<script(?![^>]*\ssrc=)|javascript:", text)
     if path.suffix == ".js":
-        for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc"):
+        for danger in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+            "srcdoc",
+        ):
             assert danger not in text, f"{path.name}: text becomes nodes by text nodes alone"
 
 

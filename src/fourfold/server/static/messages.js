@@ -8,9 +8,9 @@ import { number, say } from "./strings.js";
 
 const COPIED_MS = 1600;
 
-/** A button of words that `act` answers. */
+/** A button of words that `act` answers; data-i18n lets `translate` find it. */
 function button(key, act, kind = "quiet") {
-  const node = element("button", { type: "button", class: kind }, say(key));
+  const node = element("button", { type: "button", class: kind, "data-i18n": key }, say(key));
   node.addEventListener("click", () => act(node));
   return node;
 }
@@ -43,6 +43,7 @@ function copyBySelection(text) {
 function codeBlock(language) {
   const text = document.createTextNode("");
   const copyButton = button("copy", (node) => copy(node, text.data, "copy"));
+  copyButton.setAttribute("data-i18n-label", "copyCode");
   copyButton.setAttribute("aria-label", say("copyCode"));
   const head = element("div", { class: "code-head" }, element("span", {}, language), copyButton);
   const body = element("pre", { tabindex: "0", dir: "ltr" }, element("code", {}, text));
@@ -144,7 +145,7 @@ function progressText({ end, content, measure, startedAt }) {
 
 /** The editor that takes the place of a user's message: Enter sends, Escape gives up. */
 export function editor(text, { onInput, onSend, onCancel, onEnter }) {
-  const field = element("textarea", { class: "edit", rows: "3", "aria-label": say("editMessage") });
+  const field = element("textarea", { class: "edit", rows: "3", "aria-label": say("editMessage"), "data-i18n-label": "editMessage" });
   field.value = text;
   field.addEventListener("input", () => onInput(field.value));
   field.addEventListener("keydown", (event) => {

@@ -19,7 +19,7 @@ POLICY = (
     "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-IDLE = {"tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0, "memory_share": 0.0, "running": 0, "waiting": 0}
+IDLE = {"tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0, "bandwidth_share": 0.0, "running": 0, "waiting": 0}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ FLOORS = (
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
     ("sampling", "tokenizer", "chat_template", "kvcache", "request", "generation", "scheduler", "speculate"),
-    ("engine", "assembly", "disk", "profile", "trace_file", "steploop"),
+    ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
         "progress",

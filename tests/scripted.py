@@ -13,6 +13,7 @@ from fourfold.chat_template import ChatTemplate
 from fourfold.config import ModelConfig
 from fourfold.llm import LLM
 from fourfold.tokenizer import Tokenizer
+from fourfold.vocabulary import Vocabulary
 
 EOS, BOS, SEP = 256, 257, 258
 N_IDS, VOCAB = 259, 260  # the rest is padding of the vocabulary
@@ -39,6 +40,9 @@ class ByteBackend:
 
     def id_of(self, token: str) -> int | None:
         return {"<eos>": EOS, "<bos>": BOS, "<sep>": SEP}.get(token)
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary((*(bytes([i]) for i in range(256)), b"<eos>", b"<bos>", b"<sep>"), frozenset({EOS, BOS, SEP}))
 
 
 class ScriptedEngine:

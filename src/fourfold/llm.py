@@ -86,27 +86,17 @@ class LLM:
 
         Raises UserError or one of its kinds for whatever cannot be done as asked.
         """
-        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
-        with bar(f"converting {model}") as report:
-            directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
-        tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
-
-        from fourfold.engine import Engine
-
-        with bar(f"loading {directory.name}") as report:
-            engine = Engine(
-                directory,
-                ranks=ranks,
-                threads=threads,
-                context=context,
-                kv=kv,
-                rope_angles=rope_angles,
-                weights=cast("Weights", weights or "auto"),
-                report=report,
-            )
-        if engine.slowness:
-            warn(engine.slowness)
-        self._set_parts(engine, tokenizer, template)
+        parts = load_model(
+            model,
+            format=format,
+            ranks=ranks,
+            threads=threads,
+            context=context,
+            kv=kv,
+            rope_angles=rope_angles,
+            weights=weights,
+        )
+        self._set_parts(*parts)
 
     @classmethod
     def _from_parts(cls, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> LLM:
@@ -319,6 +309,43 @@ class Stream:
                     yield update.text
         finally:
             self._desk.leave(self._generation)
+
+
+def load_model(
+    model: str | Path,
+    *,
+    format: str | None = None,
+    ranks: int | None = None,
+    threads: int | None = None,
+    context: int | None = None,
+    kv: str | None = None,
+    rope_angles: str | None = None,
+    weights: str | None = None,
+    sequences: int | None = None,
+) -> tuple[Engine, Tokenizer | None, ChatTemplate | None]:
+    """What `LLM` is made of; `sequences`: texts under way at a time, the other options are those of `LLM`."""
+    _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
+    with bar(f"converting {model}") as report:
+        directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
+    tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
+
+    from fourfold.engine import MAX_SEQUENCES, Engine
+
+    with bar(f"loading {directory.name}") as report:
+        engine = Engine(
+            directory,
+            ranks=ranks,
+            threads=threads,
+            context=context,
+            kv=kv,
+            rope_angles=rope_angles,
+            weights=cast("Weights", weights or "auto"),
+            sequences=sequences or MAX_SEQUENCES,
+            report=report,
+        )
+    if engine.slowness:
+        warn(engine.slowness)
+    return engine, tokenizer, template
 
 
 def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatTemplate | None]:

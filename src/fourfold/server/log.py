@@ -19,7 +19,6 @@ from fourfold.server.errors import ApiError
 from fourfold.server.replies import send_error
 
 LogFormat = Literal["auto", "json", "text"]
-LOG_FORMATS: tuple[LogFormat, ...] = ("auto", "json", "text")
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _QUIET = ("/health", "/ready", "/metrics", "/stats")  # asked every few seconds: not worth a line each
@@ -55,11 +54,15 @@ class PlainLines(logging.Formatter):
         return f"{time} {level}{record.getMessage()}{fields}{current}{trace}"
 
 
+def is_plain(form: LogFormat) -> bool:
+    """Whether people read stderr; `auto`: where it is a terminal."""
+    return form == "text" or (form == "auto" and sys.stderr.isatty())
+
+
 def start_logging(form: LogFormat, level: str) -> None:
-    """All logs of this process on stderr; `auto`: plain on a terminal, else JSON."""
-    plain = form == "text" or (form == "auto" and sys.stderr.isatty())
+    """All logs of this process on stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PlainLines() if plain else JsonLines())
+    handler.setFormatter(PlainLines() if is_plain(form) else JsonLines())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its notes on starting and ending are ours to make
 

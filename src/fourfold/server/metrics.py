@@ -30,7 +30,7 @@ _COUNTERS = (
     ("read_bytes", "bytes_read", "Bytes of weights and KV cache that steps had to read."),
 )
 _GAUGES = (("running", "running", "Texts under way."), ("waiting", "waiting", "Texts in the queue."))
-_PAGES = (("free", "pages_free"), ("cached", "pages_cached"), ("total", "pages_total"))
+_PAGES = (("held", "pages_held"), ("cached", "pages_cached"), ("total", "pages_total"))
 
 
 class Metrics:

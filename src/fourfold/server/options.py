@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fourfold.errors import UserError
+from fourfold.scheduler import Limits as StepLimits
 from fourfold.server.errors import explain
 from fourfold.server.limits import Limits
 
@@ -41,6 +42,11 @@ class ServeOptions(BaseModel):
     # the step loop
     max_running: int = Field(32, ge=1, le=4096)
     max_waiting: int = Field(128, ge=0, le=1_000_000)
+    max_wait_seconds: float = Field(600.0, gt=0)
+    prompt_chunk: int = Field(512, ge=64, le=512)
+    stall_seconds: float = Field(0.25, gt=0)
+    prefix_cache: Literal["all", "prompts", "off"] = "all"
+    speculate: Literal["lookup", "off"] = "lookup"
     # limits of requests
     max_requests: int = Field(DEFAULTS.max_requests, ge=1)
     max_body_bytes: int = Field(DEFAULTS.max_body_bytes, ge=1024)
@@ -64,6 +70,11 @@ class ServeOptions(BaseModel):
     def limits(self) -> Limits:
         """Those of requests."""
         return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+
+    @property
+    def step_limits(self) -> StepLimits:
+        """Those of the step loop."""
+        return StepLimits(**{name: getattr(self, name) for name in StepLimits.__dataclass_fields__})
 
     @property
     def is_local(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import Request as HttpRequest
 
 from fourfold.chat_template import ChatTemplate
+from fourfold.engine import Engine
 from fourfold.errors import QueueFull, UserError
 from fourfold.grammar import Grammars
 from fourfold.request import Request
@@ -35,11 +36,9 @@ class Service:
     """One model as the routes see it."""
 
     name: str  # by which clients ask for it
+    engine: Engine  # which steps in the worker's thread; here only facts about it are read
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    context: int
-    vocab_size: int
-    facts: Mapping[str, Any]  # what `Engine.describe` says
     limits: Limits
     metrics: Metrics
     worker: Worker
@@ -48,6 +47,21 @@ class Service:
     n_requests: int = 0  # to the model, under way
     created: int = field(default_factory=lambda: int(time.time()))
     texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "texts"))
+
+    @property
+    def context(self) -> int:
+        """Positions of a text: prompt and answer together."""
+        return self.engine.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.engine.config.vocab_size
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """What the engine says of itself."""
+        return self.engine.describe()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -88,9 +88,13 @@ class ScriptedEngine:
         return self.pool.new_sequence()
 
     def step(self, feeds: Ids[Feed], *, tokens: str = "few", outputs: str = "few") -> NDArray[np.float32]:
-        return np.concatenate(
-            [self._rows(feed.sequence, feed.ids)[-feed.n_logits :] for feed in feeds if feed.n_logits]
-        )
+        logits = [np.empty((0, self.config.vocab_size), np.float32)]
+        for feed in feeds:
+            rows = self._rows(feed.sequence, feed.ids)
+            logits.append(rows[len(rows) - feed.n_logits :])
+            if feed.n_logits == 0:  # the prompt goes on
+                del self._prompts[feed.sequence]
+        return np.concatenate(logits)
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         sequence.length = length

@@ -91,7 +91,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     Where a field may have several types, pydantic complains once for each; the one that went deepest was meant.
     """
     error = max(errors, key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-    path = [part for part in error["loc"] if part != "body" and not _is_type_name(part)]
+    where = [part for part in error["loc"] if part != "body"]
+    path = [part for i, part in enumerate(where) if not _is_type_name(part, behind=where[i - 1] if i else None)]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or None
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
@@ -104,12 +105,16 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     return f"{param or 'the body'}: {message}{shown}", param
 
 
-def _is_type_name(part: object) -> bool:
-    """Whether a part of a location is the name by which pydantic calls a member of a union."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in _SCALARS)
+def _is_type_name(part: object, behind: object) -> bool:
+    """Whether a part of a location is the name by which pydantic calls a member of a union, or a message's role."""
+    if not isinstance(part, str):
+        return False
+    of_role = isinstance(behind, int) and part in _ROLES
+    return of_role or part[:1].isupper() or "[" in part or part in _SCALARS
 
 
-_SCALARS = {"str", "int", "float", "bool", "constrained-str", "constrained-int"}
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+_SCALARS = {"str", "int", "float", "bool"}
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 INT64 = 2**63
@@ -70,6 +78,15 @@ class CompletionRequest(SamplingFields):
         None, ge=0, le=20, description="Of each token, with so many alternatives; with echo of the prompt's as well."
     )
     best_of: Literal[1] | None = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_complaint(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        """In place of one for each form that a prompt may have."""
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("must be a text, a list of texts, a list of token ids, or a list of such lists") from None
 
     @model_validator(mode="after")
     def _nothing_without_echo(self) -> CompletionRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from pydantic import BaseModel
@@ -57,12 +57,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[BaseModel], job: Job) -> None:
+    def __init__(
+        self, events: AsyncIterator[BaseModel], job: Job, failure: Callable[[Job, JobFailed], ApiError]
+    ) -> None:
+        """`failure`: how the client is told of one."""
         super().__init__()
         del self.headers["content-length"]
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # of nginx, which would collect events
-        self._events, self._job = events, job
+        self._events, self._job, self._failure = events, job, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: str, more: bool = True) -> None:
@@ -77,5 +80,5 @@ class EventStream(Response):
                 if self._job.is_finished:
                     await write("[DONE]")
             except JobFailed as error:
-                await write(json.dumps(ApiError(500, str(error)).body(), ensure_ascii=False))
+                await write(json.dumps(self._failure(self._job, error).body(), ensure_ascii=False))
             await write("", more=False)

@@ -47,20 +47,30 @@ def run(service: Service, app: FastAPI, listener: socket.socket, drain_seconds: 
 
     Raises RuntimeFailure where the model fails.
     """
-    asyncio.run(_Run(service, app, drain_seconds).serve(listener))
+    running = Running(service, app, drain_seconds)
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, running.end)
+        await running.serve(listener)
+
+    asyncio.run(serve())
     if service.worker.failure is not None:
         raise RuntimeFailure(service.worker.failure)
 
 
 class _Server(uvicorn.Server):
-    """Signals are `_Run`'s."""
+    """Signals are `Running`'s."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Run:
+class Running:
+    """A server in one event loop, from its warm-up to its end."""
+
     def __init__(self, service: Service, app: FastAPI, drain_seconds: float) -> None:
         self._service, self._drain_seconds = service, drain_seconds
         config = uvicorn.Config(
@@ -76,9 +86,7 @@ class _Run:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        """Returns when the server has ended."""
         worker = self._service.worker
         worker.start(self._on_failure)
         self._start(self._warm_up())
@@ -116,7 +124,13 @@ class _Run:
             self._service.metrics.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    def _on_signal(self) -> None:
+    @property
+    def is_listening(self) -> bool:
+        """Whether requests are answered, if only with a 503."""
+        return bool(self._server.started)
+
+    def end(self) -> None:
+        """Take no more requests and finish those under way; the second time, end the process at once."""
         if self._service.is_draining:
             _log.warning("ended at once")
             logging.shutdown()

@@ -62,7 +62,7 @@ class Served:
     def complete(self, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"model": MODEL, "prompt": "abc", **fields})
 
-    def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 100.0) -> None:
         """Waits for it. Raises AssertionError where it does not come true."""
         end = time.monotonic() + seconds
         while not condition():
@@ -110,7 +110,7 @@ def served(
     thread = threading.Thread(target=lambda: events.run_until_complete(running.serve(listener)))
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with httpx.Client(base_url=address, timeout=20) as client:
+    with httpx.Client(base_url=address, timeout=100) as client:
         server = Served(
             service, engine, steploop, running, address, client, lambda f: void(events.call_soon_threadsafe(f)), thread
         )
@@ -123,11 +123,10 @@ def served(
             engine.seconds = 0.0
             if not service.is_draining:
                 events.call_soon_threadsafe(running.end)
-            thread.join(20)
+            thread.join(100)
             assert not thread.is_alive(), "the server did not end"
             listener.close()
             events.close()
-            service.texts.shutdown()
 
 
 def void(_: object) -> None:

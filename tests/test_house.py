@@ -28,7 +28,7 @@ FLOORS = (
         *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
     ),
-    ("engine", "assembly", "disk", "profile", "trace_file", "steploop"),
+    ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
         "progress",

@@ -46,7 +46,10 @@ def serve(
     prefix_cache: Annotated[
         str | None, typer.Option(help="Beginnings that are shared: all (default), prompts, or off.")
     ] = None,
-    speculate: Annotated[str | None, typer.Option(help="Drafts: lookup (default), or off.")] = None,
+    speculate: Annotated[
+        bool | None, typer.Option("--speculate/--no-speculate", help="Guess ahead. [default: speculate]")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller model to guess with; else the texts themselves.")] = None,
     max_requests: Annotated[Count, typer.Option(help="HTTP requests at a time. [default: 256]")] = None,
     max_body_bytes: Annotated[Count, typer.Option(help="Of a request. [default: 4000000]")] = None,
     body_seconds: Annotated[Seconds, typer.Option(help="That a body may take to arrive. [default: 30]")] = None,

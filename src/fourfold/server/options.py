@@ -46,7 +46,8 @@ class ServeOptions(BaseModel):
     prompt_chunk: int = Field(512, ge=64, le=512)
     stall_seconds: float = Field(0.25, gt=0)
     prefix_cache: Literal["all", "prompts", "off"] = "all"
-    speculate: Literal["lookup", "off"] = "lookup"
+    speculate: bool = True
+    draft: str | None = None
     # limits of requests
     max_requests: int = Field(DEFAULTS.max_requests, ge=1)
     max_body_bytes: int = Field(DEFAULTS.max_body_bytes, ge=1024)

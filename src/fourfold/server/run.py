@@ -96,6 +96,7 @@ class Running:
         finally:
             for task in self._tasks:
                 task.cancel()
+            self._service.texts.shutdown(wait=False, cancel_futures=True)
             if worker.failure is None:
                 await worker.close()
 

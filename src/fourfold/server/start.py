@@ -9,9 +9,9 @@ from typing import Any
 
 from fourfold import doctor
 from fourfold.chat_template import ChatTemplate
-from fourfold.errors import UserError
+from fourfold.cli_generate import LLM_OPTIONS
 from fourfold.footprint import PAGE
-from fourfold.llm import load_model
+from fourfold.llm import LLM
 from fourfold.machine import read_machine
 from fourfold.progress import warn
 from fourfold.server.app import make_app
@@ -22,7 +22,6 @@ from fourfold.server.options import ServeOptions
 from fourfold.server.run import bind, run
 from fourfold.server.service import Service
 from fourfold.server.worker import Worker
-from fourfold.steploop import StepLoop, lookup
 
 _log = logging.getLogger(__name__)
 
@@ -44,49 +43,37 @@ def start(options: ServeOptions) -> None:
                 f"has no API key: give it one with --api-key-file or {VARIABLE}."
             )
         machine_report = doctor.report(quick=True)
-        service = _load(options)
+        llm = LLM(
+            options.model,
+            **{name: getattr(options, name) for name in LLM_OPTIONS},
+            sequences=options.max_running,
+            draft=options.draft,
+        )
+        service = None
         try:
+            service = _service(llm, options)
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}/"
             _tell(machine_report, _facts(service, options), address, plain=is_plain(options.log_format))
             app = make_app(service, keys, root_path=options.root_path, origins=tuple(options.cors_origin))
             run(service, app, listener, options.drain_seconds)
         finally:
-            service.texts.shutdown(wait=False, cancel_futures=True)
-            if service.worker.failure is None:  # a team that is broken does not end in order
-                service.engine.close()
+            if service is None or service.worker.failure is None:  # a team that is broken does not end in order
+                llm.close()
 
 
-def _load(options: ServeOptions) -> Service:
-    engine, tokenizer, template = load_model(
-        options.model,
-        format=options.format,
-        ranks=options.ranks,
-        threads=options.threads,
-        context=options.context,
-        kv=options.kv,
-        rope_angles=options.rope_angles,
-        weights=options.weights,
-        sequences=options.max_running,
-    )
-    if tokenizer is None:
-        engine.close()
-        raise UserError(
-            f"{options.model} has no tokenizer, and clients send text; "
-            "take one from elsewhere with `fourfold quantize SRC DST --tokenizer DIR`"
-        )
-    if options.chat_template is not None:
-        template = ChatTemplate.built_in(options.chat_template)
+def _service(llm: LLM, options: ServeOptions) -> Service:
+    """Around a loaded model. Raises UserError where it reads no text."""
+    template = llm.chat_template if options.chat_template is None else ChatTemplate.built_in(options.chat_template)
     if template is not None:
-        template.check_fits(tokenizer)
-    read_gb_s = doctor.read_rate(read_machine(), engine.plan) if options.measure else None
-    speculation = lookup() if options.speculate == "lookup" else None
-    worker = Worker(StepLoop(engine, tokenizer, limits=options.step_limits, speculation=speculation))
+        template.check_fits(llm.tokenizer)
+    read_gb_s = doctor.read_rate(read_machine(), llm.engine.plan) if options.measure else None
+    worker = Worker(llm.new_loop(options.step_limits, speculates=options.speculate))
     worker.observer = metrics = Metrics(lambda: worker.stats, read_gb_s)
     return Service(
         name=options.name or Path(options.model).name,
-        engine=engine,
-        tokenizer=tokenizer,
+        engine=llm.engine,
+        tokenizer=llm.tokenizer,
         template=template,
         limits=options.limits,
         metrics=metrics,

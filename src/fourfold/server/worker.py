@@ -194,6 +194,7 @@ class Worker:
                 for generation in order.job.generations:
                     self._steps.cancel(generation)
                     self._where.pop(generation, None)
+                self.stats = self._steps.stats()  # there may be no step to follow
             else:
                 answers.append((order.job, self._take(order.job)))
 

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <new>
@@ -19,8 +20,7 @@ std::atomic<bool> unbound{false};
 
 NodeMemory::NodeMemory(size_t bytes, Home home) {
     if (bytes == 0) return;
-    // What fills a huge page begins on one; its tail is left to ordinary pages, or a model of many matrices of a few MB
-    // would take a tenth more memory than it has weights.
+    // What fills a huge page begins on one; its tail is left to ordinary pages.
     const size_t unit = bytes >= kHugePage ? kHugePage : kPage;
     bytes_ = (bytes + kPage - 1) / kPage * kPage;
     // A huge page must begin at a multiple of its size: map one more, and give back what lies before and behind.
@@ -49,7 +49,23 @@ NodeMemory::NodeMemory(size_t bytes, Home home) {
 bool NodeMemory::all_bound() { return !unbound; }
 
 NodeMemory::~NodeMemory() {
-    if (data_) munmap(data_, bytes_);
+    if (data_ && !within_) munmap(data_, bytes_);
+}
+
+NodeMemory NodeArena::take(size_t bytes) {
+    NodeMemory part;
+    if (bytes == 0) return part;
+    const size_t whole = (bytes + kPage - 1) / kPage * kPage;
+    if (!block_ || used_ + whole > block_->bytes()) {
+        block_ = std::make_shared<const NodeMemory>(std::max(kBlock, (whole + kHugePage - 1) / kHugePage * kHugePage),
+                                                    home_);
+        used_ = 0;
+    }
+    part.data_ = block_->as() + used_;
+    part.bytes_ = whole;
+    part.within_ = block_;
+    used_ += whole;
+    return part;
 }
 
 void list_memory(MemoryMap& map, std::string_view kind, size_t rank, const NodeMemory& memory) {

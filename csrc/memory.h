@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -28,6 +29,7 @@ class NodeMemory {
     NodeMemory& operator=(NodeMemory&& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(bytes_, other.bytes_);
+        std::swap(within_, other.within_);
         return *this;
     }
     ~NodeMemory();
@@ -42,8 +44,25 @@ class NodeMemory {
     static bool all_bound();
 
   private:
+    friend class NodeArena;
     uint8_t* data_ = nullptr;
-    size_t bytes_ = 0;  // as mapped
+    size_t bytes_ = 0;                          // as mapped
+    std::shared_ptr<const NodeMemory> within_;  // whose pages these are, if not its own
+};
+
+// Memory of a node for much that is read together, one thing after another: so that many of a few MB, or of a few KB,
+// are in huge pages to the last byte and waste none. Not for several threads at once.
+class NodeArena {
+  public:
+    explicit NodeArena(Home home) : home_(home) {}
+    // As NodeMemory(bytes, home), but that it shares huge pages with what was taken before and after.
+    NodeMemory take(size_t bytes);
+
+  private:
+    static constexpr size_t kBlock = size_t{256} << 20;  // address space; pages come as they are written
+    Home home_;
+    std::shared_ptr<const NodeMemory> block_;
+    size_t used_ = 0;
 };
 
 // Memory that a rank holds, and what for: whole pages.

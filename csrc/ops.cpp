@@ -46,6 +46,26 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     if (m == 0) return;
     const Packed packed = pack(p, worker, step, m);
+    const uint8_t* const after = next ? next->first_read(p, worker) : nullptr;
+    struct Share {
+        const Program::LinearPart* part;
+        size_t begin, end;
+        const uint8_t* panels;
+    } held{};  // back until it is known what is read after it
+    const auto multiply_held = [&](const uint8_t* then) {
+        if (held.part) multiply(p, worker, step, packed, *held.part, held.panels, held.begin, held.end, then);
+    };
+    each_share(p, worker, [&](const Program::LinearPart& part, size_t begin, size_t end, const uint8_t* panels) {
+        if (is_partial && Ops::weight(p, part.weight).slice(worker.rank).n_panels == 0) add_zeros(p, worker, part, m);
+        if (begin == end) return;
+        multiply_held(panels);
+        held = {&part, begin, end, panels};
+    });
+    multiply_held(after);
+}
+
+template <class F>
+void LinearOp::each_share(Program& p, const Worker& worker, F f) const {
     size_t n_panels = 0;
     for (const auto& part : parts) n_panels += Ops::weight(p, part.weight).slice(worker.rank).n_panels;
     const auto [begin, end] = worker.share(n_panels);
@@ -53,12 +73,19 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     for (const auto& part : parts) {
         const Weight& w = Ops::weight(p, part.weight);
         const Weight::Slice& s = w.slice(worker.rank);
-        if (is_partial && s.n_panels == 0) add_zeros(p, worker, part, m);
         const size_t b = std::clamp(begin, before, before + s.n_panels) - before;
         const size_t e = std::clamp(end, before, before + s.n_panels) - before;
         before += s.n_panels;
-        multiply(p, worker, step, packed, part, s.panels.as() + b * panel_bytes(w.format, s.k_tiles), b, e);
+        f(part, b, e, s.panels.as() + b * panel_bytes(w.format, s.k_tiles));
     }
+}
+
+const uint8_t* LinearOp::first_read(Program& p, const Worker& worker) const {
+    const uint8_t* first = nullptr;
+    each_share(p, worker, [&](const Program::LinearPart&, size_t begin, size_t end, const uint8_t* panels) {
+        if (!first && begin < end) first = panels;
+    });
+    return first;
 }
 
 LinearOp::Packed LinearOp::pack(Program& p, Worker& worker, const Step& step, size_t m) const {
@@ -102,7 +129,8 @@ void LinearOp::pack_share(Program& p, const Worker& worker, Activation form, siz
 }
 
 void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, const Packed& packed,
-                        const Program::LinearPart& part, const uint8_t* panels, size_t b, size_t e) const {
+                        const Program::LinearPart& part, const uint8_t* panels, size_t b, size_t e,
+                        const uint8_t* then) const {
     if (b == e) return;
     const size_t r = worker.rank;
     const Weight& w = Ops::weight(p, part.weight);
@@ -111,7 +139,7 @@ void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, cons
     float* y = to_logits ? step.logits + s.plan.outputs[0].begin : Ops::buffer(p, part.dst).row(r, 0);
     const size_t y_stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
     packed.kernel.run({panels, has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, packed.x,
-                       packed.m, y + b * kTileN, y_stride, Ops::scratch(p, worker)});
+                       packed.m, y + b * kTileN, y_stride, Ops::scratch(p, worker), then});
     finish(p, worker, part, y, y_stride, packed.m, b * kTileN, e * kTileN);
 }
 

@@ -55,11 +55,14 @@ struct LinearOp : Op {
     Program::LinearInput input;
     std::vector<Program::LinearPart> parts;
     Program::LinearSum sum;
-    bool is_partial;  // its inputs are cut over ranks: a reduction follows
+    bool is_partial;                 // its inputs are cut over ranks: a reduction follows
+    const LinearOp* next = nullptr;  // whose weights are read after these; after the last, the first of the next step
     LinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
              bool is_partial)
         : input(std::move(input)), parts(std::move(parts)), sum(std::move(sum)), is_partial(is_partial) {}
     void run(Program&, Worker&, const Step&) const override;
+    // Where this thread begins to read; null where that is in no memory.
+    virtual const uint8_t* first_read(Program&, const Worker&) const;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
     void list_own(MemoryMap& map) const override {
@@ -77,12 +80,17 @@ struct LinearOp : Op {
     // Packs m rows, at least one; all threads of the rank do it together.
     Packed pack(Program&, Worker&, const Step&, size_t m) const;
     // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`, then their bias and sum.
+    // `next` is what this thread reads after them, null where that is not known.
     void multiply(Program&, const Worker&, const Step&, const Packed&, const Program::LinearPart&,
-                  const uint8_t* panels, size_t begin, size_t end) const;
+                  const uint8_t* panels, size_t begin, size_t end, const uint8_t* next) const;
     // A rank that holds none of a part's inputs still adds its zeros.
     void add_zeros(Program&, const Worker&, const Program::LinearPart&, size_t m) const;
 
   private:
+    // Calls f(part, its panels [begin, end) that are this thread's, where they lie) for every part, also where it has
+    // none.
+    template <class F>
+    void each_share(Program&, const Worker&, F f) const;
     // This thread's share of the input, in the form that the kernel reads: one row by tiles, many rows by rows.
     void pack_share(Program&, const Worker&, Activation, size_t m, size_t k_tiles) const;
     // What follows the multiplication, in this thread's own columns [begin, end): bias and sum.

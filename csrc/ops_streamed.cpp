@@ -23,7 +23,7 @@ void StreamedLinearOp::run(Program& p, Worker& worker, const Step& step) const {
         if (is_partial && s.n_panels == 0) add_zeros(p, worker, part, m);
         if (!w.is_in_memory()) continue;
         const auto [b, e] = worker.share(s.n_panels);
-        multiply(p, worker, step, packed, part, s.panels.as() + b * panel_bytes(w.format, s.k_tiles), b, e);
+        multiply(p, worker, step, packed, part, s.panels.as() + b * panel_bytes(w.format, s.k_tiles), b, e, nullptr);
     }
     // Every thread waits for every piece, also where it has no part in it: here it sleeps, at a barrier it would spin.
     for (uint64_t i = begin; i < end; ++i) {
@@ -54,7 +54,7 @@ void StreamedLinearOp::multiply_piece(Program& p, const Worker& worker, const St
             const uint8_t* stored = bytes + (b + i - piece.first_panel) * stored_bytes;
             for (size_t j = 0; j < n && !whole_rows; ++j)
                 w.take_inputs(s, stored + j * stored_bytes, gathered + j * own_bytes);
-            multiply(p, worker, step, packed, part, whole_rows ? stored : gathered, own, own + n);
+            multiply(p, worker, step, packed, part, whole_rows ? stored : gathered, own, own + n, nullptr);
         }
         before += last - first;
     }

@@ -176,6 +176,13 @@ void Program::finish() {
         timelines_.emplace_back(plan.cpus.size());
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
     }
+    LinearOp *first = nullptr, *last = nullptr;
+    for (const auto& op : ops_)
+        if (auto* linear = dynamic_cast<LinearOp*>(op.get())) {
+            last ? last->next = linear : first = linear;
+            last = linear;
+        }
+    if (last) last->next = first;
     size_t n_threads = 0;
     for (const RankPlan& plan : team_->plan()) n_threads += plan.cpus.size();
     if (!pieces_.empty()) stream_->start(pieces_, n_threads);

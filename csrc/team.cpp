@@ -168,6 +168,7 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
         s.arrived.emplace_back(rank.cpus.size());
         s.n_workers += rank.cpus.size();
         used.insert(used.end(), rank.cpus.begin(), rank.cpus.end());
+        arenas_.push_back(std::make_unique<NodeArena>(rank.node));
     }
     s.released = std::vector<Flag>(plan_.size());
     s.rank_arrived = std::vector<Flag>(plan_.size());

@@ -84,6 +84,8 @@ class Team {
 
     const std::vector<RankPlan>& plan() const { return plan_; }
     size_t n_ranks() const { return plan_.size(); }
+    // Memory of a rank for its weights.
+    NodeArena& arena(size_t rank) const { return *arenas_[rank]; }
     // For tests: that thread sleeps before its next job.
     void stall_next(size_t rank, size_t thread, double seconds);
 
@@ -92,6 +94,7 @@ class Team {
                       size_t n_threads, int cpu);
     void close();
     std::vector<RankPlan> plan_;
+    std::vector<std::unique_ptr<NodeArena>> arenas_;  // one a rank
     std::shared_ptr<Worker::State> state_;
     std::unique_ptr<Worker> caller_;
     std::vector<std::thread> threads_;  // all workers but the caller

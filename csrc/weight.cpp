@@ -40,8 +40,8 @@ Weight::Weight(Format format, size_t n, size_t k, std::vector<SlicePlan> plans, 
         s.k_tiles = units(plans[r].inputs, kTileK);
         s.plan = std::move(plans[r]);
         if (s.n_panels == 0 || s.k_tiles == 0) s.n_panels = s.k_tiles = 0;
-        if (is_in_memory()) s.panels = NodeMemory(s.n_panels * panel_bytes(format, s.k_tiles), team.plan()[r].node);
-        if (has_scales(format)) s.scales = NodeMemory(s.n_panels * sizeof(float), team.plan()[r].node);
+        if (is_in_memory()) s.panels = team.arena(r).take(s.n_panels * panel_bytes(format, s.k_tiles));
+        if (has_scales(format)) s.scales = team.arena(r).take(s.n_panels * sizeof(float));
     }
 }
 

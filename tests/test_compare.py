@@ -51,7 +51,7 @@ def fake(how: str) -> Worker:
 
 
 def peer(name: str) -> Peer:
-    return Peer(name, f"the {name} one", None, {"matrix": ()})
+    return Peer(name, f"the {name} one", None, {"matrix": ()}, "a fake")
 
 
 @pytest.fixture
@@ -222,6 +222,8 @@ def test_the_table_gives_medians_spreads_and_shares_and_says_who_is_ahead(result
     assert "| **fourfold NF4** | 1.1 (1–1.2); 0.50 | 3.3 (3–3.6); 0.50 |" in text
     assert "| Other & Sons | 0.55 (0.5–0.6); 0.50 | 6.6 (6–7.2); 0.50 |" in text
     assert text.count("× as fast") == 1
+    assert "- fourfold NF4: the classes that" in text
+    assert "llama.cpp: " not in text, "it was not measured"
     assert "- Other & Sons, One matrix <1 × 1>, 1 token: 2.00 × as fast." in text
     results.samples = [sample for sample in results.samples if sample.load == "512"]
     assert "Nobody is ahead of fourfold" in report.markdown(results)

@@ -27,6 +27,7 @@ class Peer:
     title: str
     environment: Environment | None  # None: the one that this runs in, which has fourfold
     workers: Mapping[Kind, tuple[str, ...]]
+    note: str  # what its figures are of, for the report
 
 
 _LLAMA = Environment(
@@ -34,7 +35,7 @@ _LLAMA = Environment(
     ("llama-cpp-python==0.3.36",),
     {
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-include {HERE}/tile_config.h'",
-        "SKBUILD_BUILD_TARGETS": "llama",  # not what its command line tools share
+        "SKBUILD_BUILD_TARGETS": "llama;llama-common",  # all that it installs, and none of its tools
     },
     minutes=120,
 )
@@ -44,20 +45,57 @@ _TORCH = Environment(
 _OPENVINO = Environment("openvino", ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "numpy==2.4.6"))
 _ONNXRUNTIME = Environment("onnxruntime", ("onnxruntime==1.31.1", "onnx==1.23.2", "numpy==2.4.6"))
 
-FOURFOLD = Peer("fourfold", "fourfold NF4", None, {"matrix": ("in_fourfold.py",), "model": ("in_fourfold.py",)})
+FOURFOLD = Peer(
+    "fourfold",
+    "fourfold NF4",
+    None,
+    {"matrix": ("in_fourfold.py",), "model": ("in_fourfold.py",)},
+    "the classes that `fourfold bench` measures; head and embedding in NF4 too",
+)
 PEERS = (
     FOURFOLD,
-    Peer("llama.cpp", "llama.cpp Q4", _LLAMA, {"model": ("in_llama.py",)}),
     Peer(
-        "bitsandbytes", "bitsandbytes NF4", _TORCH, {"matrix": ("in_torch.py", "nf4"), "model": ("in_torch.py", "nf4")}
+        "llama.cpp",
+        "llama.cpp Q4",
+        _LLAMA,
+        {"model": ("in_llama.py",)},
+        "compiled for this machine by its own compiler; SmolLM2's published Q4_1 file, Q4_0 for the random model",
     ),
-    Peer("pytorch", "PyTorch int4", _TORCH, {"matrix": ("in_torch.py", "int4"), "model": ("in_torch.py", "int4")}),
+    Peer(
+        "bitsandbytes",
+        "bitsandbytes NF4",
+        _TORCH,
+        {"matrix": ("in_torch.py", "nf4"), "model": ("in_torch.py", "nf4")},
+        "`Linear4bit` with nested scales, which it un-nests for its CPU kernel; that of the wheel, another would be "
+        "downloaded at run time; models are those of transformers, eager, the head in NF4 too",
+    ),
+    Peer(
+        "pytorch",
+        "PyTorch int4",
+        _TORCH,
+        {"matrix": ("in_torch.py", "int4"), "model": ("in_torch.py", "int4")},
+        "its own int4 product, which torchao's weight-only int4 calls on CPUs; models as for bitsandbytes",
+    ),
     Peer(
         "openvino",
         "OpenVINO int4",
         _OPENVINO,
         {"matrix": ("in_openvino.py", "int4"), "model": ("in_openvino_genai.py",)},
+        "a matrix as NNCF would compress it, a model as OpenVINO GenAI reads it from the GGUF file of llama.cpp; its "
+        "defaults, by which activations become int8",
     ),
-    Peer("openvino-nf4", "OpenVINO NF4", _OPENVINO, {"matrix": ("in_openvino.py", "nf4")}),
-    Peer("onnxruntime", "ONNX Runtime int4", _ONNXRUNTIME, {"matrix": ("in_onnxruntime.py",)}),
+    Peer(
+        "openvino-nf4",
+        "OpenVINO NF4",
+        _OPENVINO,
+        {"matrix": ("in_openvino.py", "nf4")},
+        "the same with NF4 codes; one f16 scale for 64 inputs",
+    ),
+    Peer(
+        "onnxruntime",
+        "ONNX Runtime int4",
+        _ONNXRUNTIME,
+        {"matrix": ("in_onnxruntime.py",)},
+        "`MatMulNBits` with accuracy_level 4, by which activations become int8",
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peers.catalogue import FOURFOLD
+from peers.catalogue import FOURFOLD, PEERS
 from peers.results import Results
 
 BEGIN, END = "<!-- compare.py begins -->", "<!-- compare.py ends -->"
@@ -24,7 +24,8 @@ def insert(page: str, section: str) -> str:
 
 def markdown(results: Results) -> str:
     """Everything that was measured and everything that was not."""
-    return "\n".join([*_head(results), *_tables(results), *_ahead(results), *_missing(results), *_facts(results)])
+    parts = (_head, _tables, _ahead, _missing, _notes, _facts)
+    return "\n".join(line for part in parts for line in part(results))
 
 
 def rate(load: Mapping[str, Any], seconds: float) -> str:
@@ -109,6 +110,15 @@ def _missing(results: Results) -> Iterator[str]:
         yield f"- {results.peers[peer]} failed at {results.works[work]['title']}: {reason}"
     if results.failures:
         yield ""
+
+
+def _notes(results: Results) -> Iterator[str]:
+    measured = {sample.peer for sample in results.samples}
+    yield "What the figures are of:\n"
+    for peer in PEERS:
+        if peer.name in measured:
+            yield f"- {peer.title}: {peer.note}."
+    yield ""
 
 
 def _facts(results: Results) -> Iterator[str]:

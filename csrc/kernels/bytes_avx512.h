@@ -2,6 +2,7 @@
 // files compiled for it.
 #pragma once
 #include "kernels/decode_avx512.h"
+#include "kernels/kernels.h"
 
 namespace fourfold {
 namespace {
@@ -25,25 +26,54 @@ inline __m512i byte_table() {
     return _mm512_load_si512(kTable.data());
 }
 
-// Bytes ahead of its load that a line is asked into the L2 cache, and into L1: one core has too few L1 misses in flight
-// (24 on Zen 4) to cover the memory's latency with those alone.
-constexpr size_t kFar = 6144, kNear = 1024;
+// Reading ahead, in two steps, because one core has too few L1 misses in flight (24 on Zen 4) to cover the memory's
+// latency with those alone: a line is asked into L2 long before its load and into L1 shortly before. However many
+// panels are walked together, the memory sees one stream: lines go to L2 in the order in which they lie, and past the
+// last panel on into what the thread reads next. Every line is asked for, the scales' too: one that is not costs the
+// whole latency.
+constexpr size_t kLead = 24 * 1024;  // bytes that L2 is ahead of the loads, at least
+constexpr size_t kNear = 1024;       // bytes that L1 is
 
-inline void prefetch(const uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at + kFar), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(at + kNear), _MM_HINT_T0);
-}
+inline void ask_near(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + kNear), _MM_HINT_T0); }
 
-// Vectors of codes a group of 8 inputs takes, and bytes.
+// The lines asked into L2 while panels [p, p + PANELS) are walked, tile by tile.
+template <Format F, size_t PANELS>
+class Ahead {
+  public:
+    Ahead(const LinearArgs& a, size_t p) {
+        const size_t stride = panel_bytes(F, a.k_tiles);
+        end_ = a.panels + a.n_panels * stride;
+        jump_ = a.next ? a.next - end_ : 0;
+        // The last panel's first tile is read when the block begins.
+        from_ = a.panels + (p + PANELS - 1) * stride + kLead;
+    }
+    // Tile t of each panel is next.
+    void enter(size_t t) {
+        at_ = from_ < end_ ? from_ : from_ + jump_;
+        from_ += PANELS * code_bytes(F);
+        if (t % kGroupTiles != 0) return;
+        for (size_t i = 0; i < PANELS; ++i) ask(i * kLine);
+        at_ += PANELS * kLine;  // as many lines of scales
+        from_ += PANELS * kLine;
+    }
+    // For the line at `offset` of panel i's tile.
+    void ask_line(size_t i, size_t offset) const { ask(offset * PANELS + i * kLine); }
+
+  private:
+    static constexpr size_t kLine = 64;
+    void ask(size_t offset) const { _mm_prefetch(reinterpret_cast<const char*>(at_ + offset), _MM_HINT_T1); }
+    const uint8_t *from_, *end_, *at_ = nullptr;
+    ptrdiff_t jump_;
+};
+
+// Bytes of codes that 8 inputs take.
 template <Format F>
 constexpr size_t kGroupBytes = code_bytes(F) / 8;
 
-// A group's weights as unsigned bytes: inputs 0-3 and 4-7, 4 inputs a 32-bit lane, a lane an output.
+// Weights of 8 inputs as unsigned bytes: inputs 0-3 and 4-7, 4 inputs a 32-bit lane, a lane an output.
 template <Format F>
 inline void group_to_bytes(const uint8_t* at, __m512i table, __m512i& first, __m512i& second) {
-    prefetch(at);
     if constexpr (F == Format::int8) {
-        prefetch(at + 64);
         const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
         first = _mm512_xor_si512(load64(at), to_unsigned);
         second = _mm512_xor_si512(load64(at + 64), to_unsigned);

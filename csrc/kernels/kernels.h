@@ -50,8 +50,9 @@ struct LinearArgs {
     const uint8_t* x;  // packed activations, 64-byte aligned
     size_t m;          // rows, >= 1
     float* y;
-    size_t y_stride;   // floats
-    uint8_t* scratch;  // kLinearScratchBytes, 64-byte aligned, this thread's own
+    size_t y_stride;                // floats
+    uint8_t* scratch;               // kLinearScratchBytes, 64-byte aligned, this thread's own
+    const uint8_t* next = nullptr;  // what this thread reads after the panels, to be prefetched; null: not known
 };
 constexpr size_t kLinearScratchBytes = 640 * 1024;
 

@@ -23,6 +23,7 @@ void multiply_band(const LinearArgs& a, size_t p, size_t m, size_t rows) {
     const size_t row_bytes = I16Row::bytes(a.k_tiles);
     const uint8_t* const x = a.x + m * row_bytes;
     const uint8_t* const panel = a.panels + p * panel_bytes(F, a.k_tiles);
+    Ahead<F, 1> ahead(a, p);
     const __m512 unit = _mm512_set1_ps(a.panel_scales[p] / units(F));
     const float* x_scales[ROWS];
     const int32_t* offsets[ROWS];
@@ -37,9 +38,15 @@ void multiply_band(const LinearArgs& a, size_t p, size_t m, size_t rows) {
     const auto multiply = [&]<size_t TURN>(std::integral_constant<size_t, TURN>, size_t t) {
         auto* w = reinterpret_cast<__m512i*>(a.scratch + TURN * 1024);
         const uint8_t* codes = panel + code_offset(F, t, a.k_tiles);
+        ahead.enter(t);
+        if (t % kGroupTiles == 0) ask_near(panel + scale_offset(F, t));
 #pragma GCC unroll 8
         for (size_t g = 0; g < 8; ++g) {
             __m512i first, second;
+            for (size_t line = g * kGroupBytes<F>; line < (g + 1) * kGroupBytes<F>; line += 64) {
+                ahead.ask_line(0, line);
+                ask_near(codes + line);
+            }
             group_to_bytes<F>(codes + g * kGroupBytes<F>, table, first, second);
             _mm512_store_si512(w + 2 * g, first);
             _mm512_store_si512(w + 2 * g + 1, second);

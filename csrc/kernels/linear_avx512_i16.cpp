@@ -6,7 +6,7 @@
 //
 //   lanes      the 16 outputs of a panel; one vpdpbusd sums 4 inputs of each
 //   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes, and per row 4 dot products;
-//              per tile (1,024 weights) the scale and 6 operations a row.
+//              per tile (1,024 weights) the scale and 6 operations a row, and where the prefetches go.
 //   bound      one token: memory. 8 + 8 + 16 + 32 = 64 vector operations a tile: at two a cycle 32 weights a cycle.
 //   accuracy   x: 2^-16 of the tile's largest; w: the rounded codebook, at most 0.5 / F of the scale (rms 0.3 % of w)
 #include "kernels/bytes_avx512.h"
@@ -15,7 +15,6 @@
 namespace fourfold {
 namespace {
 
-constexpr size_t kTogether = 2;  // panels, for one token
 // Rows [m, m + ROWS) of x times panels [p, p + PANELS), which are walked together: as many streams for the memory, and
 // each broadcast of x serves them all.
 template <Format F, size_t ROWS, size_t PANELS>
@@ -28,9 +27,12 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
     __m512 total[PANELS][ROWS];
     for (auto& panel : total)
         for (__m512& sum : panel) sum = _mm512_setzero_ps();
+    Ahead<F, PANELS> ahead(a, p);
     for (size_t t = 0; t < a.k_tiles; ++t) {
         const uint8_t* const x = rows + t * I16Row::tile_bytes;
         const uint8_t* const codes = panels + code_offset(F, t, a.k_tiles);
+        ahead.enter(t);
+        for (size_t i = 0; i < PANELS && t % kGroupTiles == 0; ++i) ask_near(panels + i * stride + scale_offset(F, t));
         __m512i hi[PANELS][ROWS], lo[PANELS][ROWS];
         for (size_t i = 0; i < PANELS; ++i)
             for (size_t r = 0; r < ROWS; ++r) {
@@ -52,8 +54,14 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
 #pragma GCC unroll 8
         for (size_t g = 0; g < 8; ++g) {
             __m512i first[PANELS], second[PANELS];
-            for (size_t i = 0; i < PANELS; ++i)
-                group_to_bytes<F>(codes + i * stride + g * kGroupBytes<F>, table, first[i], second[i]);
+            for (size_t i = 0; i < PANELS; ++i) {
+                const uint8_t* at = codes + i * stride + g * kGroupBytes<F>;
+                for (size_t line = 0; line < kGroupBytes<F>; line += 64) {
+                    ahead.ask_line(i, g * kGroupBytes<F> + line);
+                    ask_near(at + line);
+                }
+                group_to_bytes<F>(at, table, first[i], second[i]);
+            }
             dot(first, g * 8);
             dot(second, g * 8 + 4);
         }
@@ -76,9 +84,14 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
 
 template <Format F>
 void linear_i16_avx512(const LinearArgs& a) {
+    // What is asked into L2 ahead of several panels is most of them: at most half of a small L2.
+    constexpr size_t kRoom = 512 * 1024;
+    const size_t stride = panel_bytes(F, a.k_tiles);
     size_t p = 0;
-    if (a.m == 1)
-        for (; p + kTogether <= a.n_panels; p += kTogether) multiply<F, 1, kTogether>(a, p, 0);
+    if (a.m == 1 && 3 * stride <= kRoom)
+        for (; p + 4 <= a.n_panels; p += 4) multiply<F, 1, 4>(a, p, 0);
+    if (a.m == 1 && stride <= kRoom)
+        for (; p + 2 <= a.n_panels; p += 2) multiply<F, 1, 2>(a, p, 0);
     for (; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
         by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows, 1>(a, p, m); });
 }

@@ -33,9 +33,9 @@ from fourfold.tokenizer import NoTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
+    from fourfold.draft import DraftModel
     from fourfold.engine import Engine
     from fourfold.profile import Profile
-    from fourfold.residency import Weights
     from fourfold.steploop import StepLoop
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
@@ -72,6 +72,8 @@ class LLM:
         kv: str | None = None,
         rope_angles: str | None = None,
         weights: str | None = None,
+        sequences: int | None = None,
+        draft: str | Path | None = None,
     ) -> None:
         """Load a fourfold, Hugging Face or Megatron directory, a GGUF file or a bundled model (`smollm2`).
 
@@ -83,44 +85,45 @@ class LLM:
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
         - `weights`: in `memory`; on `disk`, read again for every token; `auto` (default): on disk what does not fit in
           memory, which a warning on stderr says.
+        - `sequences`: texts under way at a time, 32 by default; more wait.
+        - `draft`: a smaller model of the same tokenizer, which guesses ahead. It changes the speed, never a text.
 
         Raises UserError or one of its kinds for whatever cannot be done as asked.
         """
-        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
-        with bar(f"converting {model}") as report:
-            directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
-        tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
+        options: dict[str, Any] = {"ranks": ranks, "threads": threads, "context": context, "weights": weights}
+        _check_options(**options, kv=kv, rope_angles=rope_angles, sequences=sequences)
+        options["weights"] = weights or "auto"
+        engine, tokenizer, template = _load(model, format, sequences, kv=kv, rope_angles=rope_angles, **options)
+        helper = None
+        if draft is not None:
+            from fourfold.draft import DraftModel
 
-        from fourfold.engine import Engine
-
-        with bar(f"loading {directory.name}") as report:
-            engine = Engine(
-                directory,
-                ranks=ranks,
-                threads=threads,
-                context=context,
-                kv=kv,
-                rope_angles=rope_angles,
-                weights=cast("Weights", weights or "auto"),
-                report=report,
-            )
-        if engine.slowness:
-            warn(engine.slowness)
-        self._set_parts(engine, tokenizer, template)
+            small, small_tokenizer, _ = _load(draft, None, sequences, **options, beside=engine)
+            helper = DraftModel.of(small, _or_ids(small, small_tokenizer), _or_ids(engine, tokenizer))
+        self._set_parts(engine, tokenizer, template, helper)
 
     @classmethod
     def _from_parts(cls, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> LLM:
         llm = cls.__new__(cls)
-        llm._set_parts(engine, tokenizer, template)
+        llm._set_parts(engine, tokenizer, template, None)
         return llm
 
-    def _set_parts(self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
-        from fourfold.steploop import StepLoop, lookup  # the native core loads now, not before options were checked
-
-        self._engine, self._tokenizer, self.chat_template = engine, tokenizer, template
+    def _set_parts(
+        self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, helper: DraftModel | None
+    ) -> None:
+        self.engine, self._tokenizer, self.chat_template, self._helper = engine, tokenizer, template, helper
         limits = Limits(max_running=engine.pool.n_slots, max_waiting=MAX_SIZE, max_wait_seconds=math.inf)
-        ids_only = NoTokenizer(engine.config.vocab_size, engine.config.eos_ids)
-        self._desk = _Desk(StepLoop(engine, tokenizer or ids_only, limits=limits, speculation=lookup()))
+        self._desk = _Desk(self.new_loop(limits))
+
+    def new_loop(self, limits: Limits | None = None, *, speculates: bool = True) -> StepLoop:
+        """A step loop of one's own over the model: for many requests at a time, as the server makes it.
+
+        `speculates`: with drafts, from the draft model where there is one, else from the texts themselves.
+        """
+        from fourfold.steploop import StepLoop, lookup, speculation
+
+        drafts = None if not speculates else speculation(self._helper) if self._helper else lookup()
+        return StepLoop(self.engine, _or_ids(self.engine, self._tokenizer), limits=limits, speculation=drafts)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -135,12 +138,12 @@ class LLM:
     @property
     def context(self) -> int:
         """Positions there is room for: a prompt and its answer together."""
-        return self._engine.context
+        return self.engine.context
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return self._engine.config.vocab_size
+        return self.engine.config.vocab_size
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
         """Continue each prompt, as it stands: no chat template. Several go through the model together."""
@@ -189,27 +192,29 @@ class LLM:
         ids = _ids(token_ids, "token_ids")
         self._check_prompt(ids)
         if not step:
-            return self._engine.logits(ids)
-        sequence = self._engine.new_sequence()
+            return self.engine.logits(ids)
+        sequence = self.engine.new_sequence()
         try:
-            return np.stack([self._engine.extend(sequence, [i]) for i in ids])
+            return np.stack([self.engine.extend(sequence, [i]) for i in ids])
         finally:
-            self._engine.free(sequence)
+            self.engine.free(sequence)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """A block whose steps are recorded, op by op and thread by thread: `Profile.summary`, `trace_file.write_trace`.
 
         Raises UserError within another profile.
         """
-        return self._engine.profile()
+        return self.engine.profile()
 
     def describe(self) -> dict[str, Any]:
         """What runs and how: the engine's own account (format, ranks, threads, ISA, bytes)."""
-        return self._engine.describe()
+        return self.engine.describe()
 
     def close(self) -> None:
         """Give threads and memory back; the object is of no use afterwards."""
-        self._engine.close()
+        if self._helper is not None:
+            self._helper.close()
+        self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -321,6 +326,27 @@ class Stream:
             self._desk.leave(self._generation)
 
 
+def _load(
+    model: str | Path, format: str | None, sequences: int | None, **options: Any
+) -> tuple[Engine, Tokenizer | None, ChatTemplate | None]:
+    """A model in memory, converted before where it must be."""
+    with bar(f"converting {model}") as report:
+        directory = fourfold_directory(model, format, threads=options["threads"], report=report, check=check_text)
+    tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
+
+    from fourfold.engine import MAX_SEQUENCES, Engine
+
+    with bar(f"loading {directory.name}") as report:
+        engine = Engine(directory, sequences=sequences or MAX_SEQUENCES, report=report, **options)
+    if engine.slowness:
+        warn(engine.slowness)
+    return engine, tokenizer, template
+
+
+def _or_ids(engine: Engine, tokenizer: Tokenizer | None) -> Tokenizer | NoTokenizer:
+    return tokenizer or NoTokenizer(engine.config.vocab_size, engine.config.eos_ids)
+
+
 def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
     """The tokenizer and the chat template of a model with that vocabulary. Raises CheckpointError for unfit ones."""
     tokenizer = Tokenizer.from_directory(directory) if Tokenizer.is_in(directory) else None
@@ -355,7 +381,7 @@ def _ids(values: ArrayLike, what: str) -> list[int]:
 
 
 def _check_options(**options: object) -> None:
-    for name in ("ranks", "threads", "context"):
+    for name in ("ranks", "threads", "context", "sequences"):
         value = options[name]
         if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):
             raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")

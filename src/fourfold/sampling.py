@@ -44,7 +44,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides a positive logit, multiplies a negative one, of every id so far
     presence_penalty: float = 0.0  # subtracted from the logit of every id sampled so far
     frequency_penalty: float = 0.0  # the same, as many times as it was sampled
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added to the logit of an id, -100 to 100
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, hash=False
+    )  # added to the logit of an id, -100 to 100
     logprobs: int | None = None  # of each sampled id, and of so many of the likeliest; None: none
     stop: tuple[str, ...] = ()  # the text ends before any of these
     seed: int | None = None  # None: different on every run, where temperature is not 0

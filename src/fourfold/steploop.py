@@ -13,7 +13,7 @@ from fourfold.generation import Generation
 from fourfold.kvcache import Sequence
 from fourfold.request import Request, Update, check_prompt
 from fourfold.scheduler import Limits, Plan, Scheduler, Share
-from fourfold.speculate import PromptLookup, Speculation
+from fourfold.speculate import PromptLookup, Proposer, Speculation
 
 if TYPE_CHECKING:
     from fourfold.assembly import Vector
@@ -227,8 +227,13 @@ class StepLoop:
 
 
 def lookup() -> Speculation:
-    """Drafts from the text itself, as many at a time as the engine can go back by."""
-    return Speculation(PromptLookup(), MOST_BACK)
+    """Drafts from the text itself."""
+    return speculation(PromptLookup())
+
+
+def speculation(proposer: Proposer) -> Speculation:
+    """Drafts by a proposer, as many at a time as an engine can go back by."""
+    return Speculation(proposer, MOST_BACK)
 
 
 def _failed(generation: Generation, why: str) -> Update:

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from fourfold.server.errors import ApiError
 from fourfold.server.worker import Job, JobFailed
 
-
 # For the OpenAPI document, beside the JSON: the same answer as events, each an object of OpenAI's behind "data: ".
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 

@@ -113,7 +113,7 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_every_flag_is_an_option_and_the_other_way_round() -> None:
     from inspect import signature
 
-    from fourfold.cli_serve import orders
+    from fourfold.cli_serve import serve
 
     flags = set(signature(serve).parameters)
     assert flags - {"config"} == set(ServeOptions.model_fields)

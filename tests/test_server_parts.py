@@ -113,7 +113,7 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_every_flag_is_an_option_and_the_other_way_round() -> None:
     from inspect import signature
 
-    from fourfold.cli_serve import orders
+    from fourfold.cli_serve import serve
 
     flags = set(signature(serve).parameters)
     assert flags - {"config"} == set(ServeOptions.model_fields)
@@ -135,6 +135,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     [
         ("prot = 1", "has a key 'prot', which is no option"),
         ("port = 1.5", "port cannot be 1.5"),
+        ("port = 99999", "port cannot be 99999"),
+        ("port = ", "is not valid TOML"),
         ("log_level = 'loud'", "log_level cannot be 'loud'"),
         ("root_path = 'x/'", "root_path cannot be 'x/'"),
         ("max_n = 0", "max_n cannot be 0"),
@@ -146,6 +148,11 @@ def test_a_file_with_a_mistake(tmp_path: Path, line: str, says: str) -> None:
     file.write_text(line)
     with pytest.raises(UserError, match=says):
         load_options({"model": "m"}, file)
+
+
+def test_a_model_must_be_named() -> None:
+    with pytest.raises(UserError, match="there is no model to serve; name one"):
+        load_options({}, None)
 
 
 def test_log_lines() -> None:

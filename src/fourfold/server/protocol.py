@@ -56,7 +56,7 @@ class SamplingFields(Strict):
         None, ge=0, le=1, description="fourfold's own: among tokens at least this fraction as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, description="fourfold's own: above 1, tokens that were there become less likely."
+        None, ge=0.01, le=100, description="fourfold's own: above 1, tokens that were there become less likely."
     )
     ignore_eos: bool | None = Field(None, description="fourfold's own: go on to max_tokens, for measurements.")
 

@@ -98,8 +98,12 @@ class LLM:
         if draft is not None:
             from fourfold.draft import DraftModel
 
-            small, small_tokenizer, _ = _load(draft, None, sequences, **options, beside=engine)
-            helper = DraftModel.of(small, _or_ids(small, small_tokenizer), _or_ids(engine, tokenizer))
+            try:
+                small, small_tokenizer, _ = _load(draft, None, sequences, **options, beside=engine)
+                helper = DraftModel.of(small, _or_ids(small, small_tokenizer), _or_ids(engine, tokenizer))
+            except BaseException:
+                engine.close()
+                raise
         self._set_parts(engine, tokenizer, template, helper)
 
     @classmethod

@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
 export PROMPT
 
-.PHONY: venv chat test emulator nodes check format clean
+.PHONY: venv chat test emulator nodes browser check format clean
 venv: $(READY)
 
 # What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
@@ -38,6 +38,10 @@ nodes: emulator
 emulator: $(READY)
 	@sh scripts/prerequisites.sh $(PYTHON) qemu-system-x86_64
 	@PYTHONPATH=tests $(BIN)/python -m vm --fetch
+
+# Headless Chromium for the tests of the page that `fourfold serve` shows; `make test` uses it where it is.
+browser: $(READY)
+	@sh scripts/prerequisites.sh $(PYTHON) chromium
 
 check: $(READY)
 	$(BIN)/ruff check src tests benchmarks

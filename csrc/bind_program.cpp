@@ -72,7 +72,8 @@ Vectors place(const Program& p, const std::vector<Array<const float, 1>>& arrays
 using PartTuple = std::tuple<int, int, std::vector<Array<const float, 1>>>;
 
 void step(Program& p, Array<const int32_t, 1> tokens, Array<const int32_t, 2> sequences, Array<const int32_t, 2> pages,
-          Array<const int32_t, 1> output_rows, Array<float, 2> logits) {
+          Array<const int32_t, 1> output_rows, Array<float, 2> logits, const std::string& tokens_class,
+          const std::string& outputs_class) {
     if (sequences.shape(1) != 4 || pages.shape(0) != sequences.shape(0) || logits.shape(0) != output_rows.shape(0))
         throw std::invalid_argument("step: the arrays' shapes do not agree");
     auto rows = std::make_shared<std::vector<SequenceRows>>();
@@ -86,6 +87,8 @@ void step(Program& p, Array<const int32_t, 1> tokens, Array<const int32_t, 2> se
     step.output_rows = {output_rows.data(), output_rows.shape(0)};
     step.logits = logits.data();
     step.logits_stride = logits.shape(1);
+    step.tokens_class = row_class_named(tokens_class);
+    step.outputs_class = row_class_named(outputs_class);
     keep_on_stall([&] { p.step(step); }, rows, tokens, pages, logits, output_rows);
 }
 
@@ -166,7 +169,11 @@ void bind_program(nb::module_& m) {
         .def("add_with_previous", &Program::add_with_previous, "src"_a, "dst"_a)
         .def("add_select", &Program::add_select, "src"_a, "dst"_a)
         .def("finish", &Program::finish)
-        .def("step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert())
+        .def(
+            "step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert(), nb::kw_only(),
+            "tokens_class"_a = "best", "outputs_class"_a = "best",
+            "sequences: (slot, first position, first row, rows) of each; pages: their page tables, padded. Classes: of "
+            "the kernels that multiply the tokens' and the output rows: best, few or many.")
         .def("record", &Program::record, "wanted"_a)
         .def(
             "marks",
@@ -186,7 +193,13 @@ void bind_program(nb::module_& m) {
             },
             "(kind, rank, address, bytes) of everything that the ranks hold.")
         .def_prop_ro("op_names", &Program::op_names)
-        .def("kernels", &Program::kernels, "m"_a)
+        .def(
+            "kernels",
+            [](const Program& p, size_t m, const std::string& row_class) {
+                return p.kernels(m, row_class_named(row_class));
+            },
+            "m"_a, "row_class"_a = "best")
+        .def_ro_static("KEPT_ROWS", &Program::kKeptRows)
         .def_ro_static("LOGITS", &Program::kLogits)
         .def_ro_static("NONE", &Program::kNone);
     m.def(

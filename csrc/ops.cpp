@@ -45,7 +45,7 @@ void NormOp::run(Program& p, Worker& worker, const Step& step) const {
 void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     if (m == 0) return;
-    const Packed packed = pack(p, worker, m);
+    const Packed packed = pack(p, worker, step, m);
     struct Share {
         const Program::LinearPart* part;
         size_t begin, end;
@@ -90,9 +90,10 @@ std::span<const uint8_t> LinearOp::first_read(Program& p, const Worker& worker) 
     return first;
 }
 
-LinearOp::Packed LinearOp::pack(Program& p, Worker& worker, size_t m) const {
+LinearOp::Packed LinearOp::pack(Program& p, Worker& worker, const Step& step, size_t m) const {
     const size_t r = worker.rank;
-    const LinearKernel& kernel = Ops::kernel(p, Ops::weight(p, parts[0].weight).format, m);
+    const RowClass row_class = Ops::row_class(Ops::buffer(p, input.src), step);
+    const LinearKernel& kernel = Ops::kernel(p, Ops::weight(p, parts[0].weight).format, m, row_class);
     size_t k_tiles = 0;
     for (const auto& part : parts) k_tiles = std::max(k_tiles, Ops::weight(p, part.weight).slice(r).k_tiles);
     worker.begins_as(Phase::pack);
@@ -189,7 +190,7 @@ void GatedOp::run(Program& p, Worker& worker, const Step& step) const {
         Ops::rows(p).silu_mul(a.row(r, m) + c0, b.row(r, m) + c0, c1 - c0, to.row(r, m) + c0);
 }
 
-// Threads divide columns, so each reads a sequence's state before it replaces it.
+// Threads divide columns, so each reads what a sequence left before it replaces it.
 void WithPreviousOp::run(Program& p, Worker& worker, const Step& step) const {
     const Buffer &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
     const size_t r = worker.rank, width = from.width[r];
@@ -197,19 +198,29 @@ void WithPreviousOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t bytes = (c1 - c0) * sizeof(float);
     if (bytes == 0) return;
     for (const SequenceRows& s : step.sequences) {
-        float* last = state[r].as<float>() + static_cast<size_t>(s.slot) * width + c0;
-        for (int32_t i = 0; i < s.n_rows; ++i) {
-            const auto m = static_cast<size_t>(s.row_begin + i);
-            float* out = to.row(r, m);
+        const auto start = static_cast<size_t>(s.start), first = static_cast<size_t>(s.row_begin);
+        const auto n_rows = static_cast<size_t>(s.n_rows);
+        const auto of_slot = [&](size_t position) {
+            const size_t row = static_cast<size_t>(s.slot) * Program::kKeptRows + position % Program::kKeptRows;
+            return of_slots[r].as<float>() + row * width + c0;
+        };
+        const auto of_page = [&](size_t position) {
+            return of_pages[r].as<float>() + static_cast<size_t>(s.pages[position / kPage]) * width + c0;
+        };
+        for (size_t i = 0; i < n_rows; ++i) {
+            float* out = to.row(r, first + i);
             if (i > 0)
-                std::memcpy(out + c0, from.row(r, m - 1) + c0, bytes);
-            else if (s.start > 0)
-                std::memcpy(out + c0, last, bytes);
+                std::memcpy(out + c0, from.row(r, first + i - 1) + c0, bytes);
+            else if (start > 0)
+                std::memcpy(out + c0, start % kPage == 0 ? of_page(start - 1) : of_slot(start - 1), bytes);
             else
                 std::memset(out + c0, 0, bytes);
-            std::memcpy(out + width + c0, from.row(r, m) + c0, bytes);
+            std::memcpy(out + width + c0, from.row(r, first + i) + c0, bytes);
         }
-        std::memcpy(last, from.row(r, static_cast<size_t>(s.row_begin + s.n_rows - 1)) + c0, bytes);
+        for (size_t i = n_rows - std::min(n_rows, Program::kKeptRows); i < n_rows; ++i)
+            std::memcpy(of_slot(start + i), from.row(r, first + i) + c0, bytes);
+        for (size_t i = kPage - 1 - start % kPage; i < n_rows; i += kPage)
+            std::memcpy(of_page(start + i), from.row(r, first + i) + c0, bytes);
     }
 }
 

@@ -14,7 +14,7 @@ struct Ops {
     static Weight& weight(Program& p, int i) { return *p.weights_[static_cast<size_t>(i)]; }
     static const RowKernels& rows(const Program& p) { return p.rows_; }
     static const ProgramOptions& options(const Program& p) { return p.options_; }
-    static const LinearKernel& kernel(const Program& p, Format f, size_t m) { return p.kernel(f, m); }
+    static const LinearKernel& kernel(const Program& p, Format f, size_t m, RowClass c) { return p.kernel(f, m, c); }
     static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
     static FileStream& stream(Program& p) { return *p.stream_; }
     static uint8_t* gathered(Program& p, const Worker& w) { return p.gathered_[w.rank][w.thread].as(); }
@@ -29,6 +29,9 @@ struct Ops {
         return p.sines_.data() + position * (p.options_.head_dim / 2);
     }
     static size_t n_rows(const Buffer& b, const Step& s) { return b.of_outputs ? s.output_rows.size() : s.n_tokens(); }
+    static RowClass row_class(const Buffer& b, const Step& s) {
+        return b.of_outputs ? s.outputs_class : s.tokens_class;
+    }
 };
 
 struct EmbedOp final : Op {
@@ -75,7 +78,7 @@ struct LinearOp : Op {
         size_t m;          // rows
     };
     // Packs m rows, at least one; all threads of the rank do it together.
-    Packed pack(Program&, Worker&, size_t m) const;
+    Packed pack(Program&, Worker&, const Step&, size_t m) const;
     // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`, then their bias and sum.
     // `next` is what this thread reads after them, null where that is not known.
     void multiply(Program&, const Worker&, const Step&, const Packed&, const Program::LinearPart&,
@@ -133,11 +136,16 @@ struct GatedOp final : Op {
 
 struct WithPreviousOp final : Op {
     int src, dst;
-    std::vector<NodeMemory> state;  // per rank: (n_slots, width) the last row of each sequence
-    WithPreviousOp(int src, int dst, std::vector<NodeMemory> state) : src(src), dst(dst), state(std::move(state)) {}
+    std::vector<NodeMemory> of_slots;  // per rank: (n_slots, kKeptRows, width), position p's row at p % kKeptRows
+    std::vector<NodeMemory> of_pages;  // per rank: (n_pages, width), the row of the page's last position
+    WithPreviousOp(int src, int dst, std::vector<NodeMemory> of_slots, std::vector<NodeMemory> of_pages)
+        : src(src), dst(dst), of_slots(std::move(of_slots)), of_pages(std::move(of_pages)) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "with_previous"; }
-    void list_own(MemoryMap& map) const override { list_memory(map, "state", state); }
+    void list_own(MemoryMap& map) const override {
+        list_memory(map, "state", of_slots);
+        list_memory(map, "state", of_pages);
+    }
 };
 
 struct SelectOp final : Op {

@@ -16,7 +16,7 @@ void StreamedLinearOp::run(Program& p, Worker& worker, const Step& step) const {
         }
         return;
     }
-    const Packed packed = pack(p, worker, m);
+    const Packed packed = pack(p, worker, step, m);
     for (const auto& part : parts) {
         const Weight& w = Ops::weight(p, part.weight);
         const Weight::Slice& s = w.slice(worker.rank);

@@ -32,9 +32,9 @@ Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
 
 Program::~Program() = default;
 
-const LinearKernel& Program::kernel(Format format, size_t m) const {
+const LinearKernel& Program::kernel(Format format, size_t m, RowClass row_class) const {
     if (forced_ && forced_->format == format) return *forced_;
-    return choose_linear(options_.isa, format, m);
+    return choose_linear(options_.isa, format, m, row_class);
 }
 
 int Program::add_buffer(std::vector<size_t> width, bool of_outputs) {
@@ -139,11 +139,13 @@ void Program::add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_h
 void Program::add_gated(int gate, int up, int dst) { ops_.push_back(std::make_unique<GatedOp>(gate, up, dst)); }
 
 void Program::add_with_previous(int src, int dst) {
-    std::vector<NodeMemory> state;
-    for (size_t r = 0; r < team_->n_ranks(); ++r)
-        state.emplace_back(options_.n_slots * buffers_[static_cast<size_t>(src)].width[r] * sizeof(float),
-                           team_->plan()[r].node);
-    ops_.push_back(std::make_unique<WithPreviousOp>(src, dst, std::move(state)));
+    std::vector<NodeMemory> of_slots, of_pages;
+    for (size_t r = 0; r < team_->n_ranks(); ++r) {
+        const size_t row_bytes = buffers_[static_cast<size_t>(src)].width[r] * sizeof(float);
+        of_slots.emplace_back(options_.n_slots * kKeptRows * row_bytes, team_->plan()[r].node);
+        of_pages.emplace_back(options_.n_pages * row_bytes, team_->plan()[r].node);
+    }
+    ops_.push_back(std::make_unique<WithPreviousOp>(src, dst, std::move(of_slots), std::move(of_pages)));
 }
 
 void Program::add_select(int src, int dst) { ops_.push_back(std::make_unique<SelectOp>(src, dst)); }
@@ -264,10 +266,11 @@ MemoryMap Program::memory_map() const {
     return map;
 }
 
-std::map<std::string, std::string> Program::kernels(size_t m) const {
+std::map<std::string, std::string> Program::kernels(size_t m, RowClass row_class) const {
     std::map<std::string, std::string> names;
     for (const auto& w : weights_)
-        names[std::string(kFormatNames[static_cast<size_t>(w->format)])] = std::string(kernel(w->format, m).name);
+        names[std::string(kFormatNames[static_cast<size_t>(w->format)])] =
+            std::string(kernel(w->format, m, row_class).name);
     return names;
 }
 

@@ -39,6 +39,7 @@ struct Step {
     std::span<const int32_t> output_rows;  // (L), rows whose logits are wanted
     float* logits;                         // (L, logits_stride)
     size_t logits_stride;
+    RowClass tokens_class, outputs_class;  // of the kernels that multiply tokens' rows, and output rows
     // Made by Program::step.
     std::span<const int32_t> row_sequence, row_position;  // (M)
     std::span<const RowBlock> blocks;
@@ -125,8 +126,11 @@ class Program : public std::enable_shared_from_this<Program> {
     // kv_of_head[rank][h].
     void add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
     void add_gated(int gate, int up, int dst);  // silu(gate) * up
-    // dst = [src of the token before | src]; the first token of a sequence has zeros before it.
+    // dst = [src of the token before | src]; the first token of a sequence has zeros before it. The last kKeptRows rows
+    // of a sequence are kept with its slot, so that it may go back by fewer; a full page's last row is kept with the
+    // page, where whoever goes on from that page finds it.
     void add_with_previous(int src, int dst);
+    static constexpr size_t kKeptRows = 16;
     void add_select(int src, int dst);  // the step's output rows
     // Allocates caches and scratch; the program is then complete. Throws std::invalid_argument where the forced kernel
     // reads a format that no weight has.
@@ -144,8 +148,8 @@ class Program : public std::enable_shared_from_this<Program> {
     uint64_t disk_bytes_read() const;  // weights, since the program was finished
     // Everything the ranks hold: weights (with their scales), vectors, activations (packed too), scratch, kv, state.
     MemoryMap memory_map() const;
-    // Kernels that a step of M tokens would run, by weight format.
-    std::map<std::string, std::string> kernels(size_t m) const;
+    // Kernels that M tokens of a class would run, by weight format.
+    std::map<std::string, std::string> kernels(size_t m, RowClass row_class) const;
     std::vector<std::string> op_names() const;
 
     // Positions that attention takes as one piece, whatever the threads and the other sequences: whole pages, and at
@@ -178,7 +182,7 @@ class Program : public std::enable_shared_from_this<Program> {
   private:
     friend struct Ops;
     void add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial);
-    const LinearKernel& kernel(Format format, size_t m) const;
+    const LinearKernel& kernel(Format format, size_t m, RowClass row_class) const;
     void walk(Worker& worker, const Step& step);  // one thread's part
 
     std::shared_ptr<Team> team_;

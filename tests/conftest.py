@@ -8,9 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from browser import Page
+    from fake_chat_server import FakeChat
 
 settings.register_profile("same every time", database=None, derandomize=True, deadline=None)
 settings.load_profile("same every time")
@@ -62,3 +67,36 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Pa
 
     yield directory
     shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[Any]:
+    """Chromium, driven by selenium; one for all tests."""
+    from browser import chromium, missing
+
+    if why := missing():
+        pytest.skip(why)
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def chat() -> Iterator[FakeChat]:
+    """A server that answers the page as a test tells it to."""
+    from fake_chat_server import FakeChat
+
+    with FakeChat() as server:
+        yield server
+
+
+@pytest.fixture
+def page(driver: Any, chat: FakeChat) -> Iterator[Page]:
+    """The page of a server of its own: another port is another origin, where nothing is remembered."""
+    from browser import Page
+
+    page = Page(driver, chat.url)
+    yield page
+    driver.get("about:blank")
+    page.emulate("Emulation.setEmulatedMedia", features=[])
+    page.emulate("Emulation.clearDeviceMetricsOverride")
+    assert page.complaints() == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence as Ids
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from fourfold.chat_template import ChatTemplate
 from fourfold.config import ModelConfig
+from fourfold.engine import Feed
+from fourfold.kvcache import PagePool, Sequence
 from fourfold.llm import LLM
 from fourfold.tokenizer import Tokenizer
 
@@ -32,7 +34,7 @@ class ByteBackend:
             ids += part.encode() if special is None else [special]
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+    def decode(self, ids: Ids[int], skip_special: bool) -> str:
         special = {EOS: b"<eos>", BOS: b"<bos>", SEP: b"<sep>"}
         texts = (b"" if skip_special and i in special else special.get(i, bytes([i % 256])) for i in ids)
         return b"".join(texts).decode(errors="replace")
@@ -46,7 +48,7 @@ class ScriptedEngine:
 
     def __init__(
         self,
-        script: Sequence[int],
+        script: Ids[int],
         *,
         context: int = 1000,
         sharpness: float = 50.0,
@@ -68,33 +70,59 @@ class ScriptedEngine:
             max_context=context,
             tie_embeddings=True,
         )
-        self.live: dict[int, list[list[int]]] = {}  # what each sequence was fed, call by call
-        self.fed: list[list[int]] = []  # all calls, of all sequences
+        self.pool = PagePool(2 * -(-context // 64), 2, 64)
+        self.fed: list[list[int]] = []  # what each sequence was fed, call by call, of all sequences
         self.closed = False
+        self._prompts: dict[Sequence, int] = {}  # ids of each
 
-    def new_sequence(self) -> int:
-        handle = max(self.live, default=-1) + 1
-        self.live[handle] = []
-        return handle
+    @property
+    def live(self) -> set[Sequence]:
+        """Sequences under way."""
+        return self.pool._live
 
-    def extend(self, sequence: int, ids: Sequence[int]) -> NDArray[np.float32]:
-        calls = self.live[sequence]
-        calls.append(list(ids))
+    def new_sequence(self) -> Sequence:
+        return self.pool.new_sequence()
+
+    def step(self, feeds: Ids[Feed], *, tokens: str = "few", outputs: str = "few") -> NDArray[np.float32]:
+        return np.concatenate(
+            [self._rows(feed.sequence, feed.ids)[-feed.n_logits :] for feed in feeds if feed.n_logits]
+        )
+
+    def rewind(self, sequence: Sequence, length: int) -> None:
+        sequence.length = length
+
+    def extend(self, sequence: Sequence, ids: Ids[int]) -> NDArray[np.float32]:
+        return self._rows(sequence, ids)[-1]
+
+    def _rows(self, sequence: Sequence, ids: Ids[int]) -> NDArray[np.float32]:
         self.fed.append(list(ids))
-        logits = np.random.default_rng(len(calls)).normal(size=self.config.vocab_size).astype(np.float32)
+        self.pool.reserve(sequence, sequence.length + len(ids))
+        prompt = self._prompts.setdefault(sequence, sequence.length + len(ids))
+        rows = [self._row(sequence.length + i - prompt + 1) for i in range(len(ids))]
+        sequence.length += len(ids)
+        return np.stack(rows)
+
+    def _row(self, n_sampled: int) -> NDArray[np.float32]:
+        logits = np.random.default_rng(abs(n_sampled) + 1).normal(size=self.config.vocab_size).astype(np.float32)
         logits[self.n_ids :] = 1e6  # padding: never to be sampled
-        if len(calls) <= len(self.script):
-            logits[self.script[len(calls) - 1]] += self.sharpness
+        if 0 <= n_sampled < len(self.script):
+            logits[self.script[n_sampled]] += self.sharpness
         return logits
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Ids[int]) -> NDArray[np.float32]:
         sequence = self.new_sequence()
         rows = [self.extend(sequence, [i]) for i in ids]
         self.free(sequence)
         return np.stack(rows)
 
-    def free(self, sequence: int) -> None:
-        del self.live[sequence]
+    def free(self, sequence: Sequence) -> None:
+        self.pool.free(sequence)
+
+    def bytes_per_token(self, position: int = 0) -> int:
+        return 1000 + position
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
 
     def close(self) -> None:
         self.closed = True

@@ -279,7 +279,7 @@ def test_a_second_ctrl_c_ends_the_turn_and_not_the_chat(where: str, run: Run, mo
     status, out, _ = run("chat", "--json")
     assert (status, waiting) == (0, [])
     assert [m["content"] for m in json.loads(out.splitlines()[-1])["messages"]][-2:] == ["again", "ok"]
-    assert engine.live == {}
+    assert engine.live == set()
 
 
 def test_ctrl_c_ends_a_run_with_status_130(start: Start) -> None:

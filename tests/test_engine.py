@@ -160,11 +160,11 @@ class OneAtATime:
     def __init__(self, program: Any) -> None:
         self._program, self._under_way = program, 0
 
-    def step(self, *arguments: Any) -> None:
+    def step(self, *arguments: Any, **classes: Any) -> None:
         self._under_way += 1
         time.sleep(0.0002)  # where the other threads may run
         assert self._under_way == 1
-        self._program.step(*arguments)
+        self._program.step(*arguments, **classes)
         self._under_way -= 1
 
 

@@ -24,8 +24,8 @@ FLOORS = (
     ("config", "format", "machine", "placement"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
-    ("sampling", "tokenizer", "chat_template", "kvcache"),
-    ("engine", "disk", "profile", "trace_file"),
+    ("sampling", "tokenizer", "chat_template", "kvcache", "request", "generation", "scheduler", "speculate"),
+    ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
         "progress",

@@ -25,8 +25,8 @@ def test_generate_continues_each_prompt_until_the_model_ends_it() -> None:
     assert first.token_ids == (*b"Paris.", EOS)
     assert second.text == "Paris."
     assert second.prompt_tokens == 3
-    assert engine.fed[:3] == [[BOS, *b"one"], [ord("P")], [ord("a")]]
-    assert engine.live == {}
+    assert engine.fed[:4] == [[BOS, *b"one"], [1, 2, 3], [ord("P")], [ord("P")]]  # both at once
+    assert engine.live == set()
 
 
 def test_one_prompt_may_be_a_text_or_ids() -> None:
@@ -44,16 +44,16 @@ def test_stream_gives_whole_characters_and_then_the_completion() -> None:
     assert completion.text == "né 漢!"
     assert completion.tokens_per_second is not None
     assert completion.prompt_seconds > 0
-    assert engine.live == {}
+    assert engine.live == set()
 
 
 def test_a_stream_that_is_closed_is_cancelled_and_frees_its_sequence() -> None:
     llm, engine = scripted_llm("abc<eos>")
     stream = llm.stream("x")
     assert next(stream) == "a"
-    assert engine.live != {}
+    assert engine.live != set()
     stream.close()
-    assert engine.live == {}
+    assert engine.live == set()
     assert (stream.completion.text, stream.completion.finish_reason) == ("a", "cancelled")
 
 
@@ -149,7 +149,7 @@ def test_logits_of_a_prefill_and_of_steps() -> None:
     for step in (False, True):
         logits = llm.logits(np.array([5, 6, 7]), step=step)
         assert (logits.shape, logits.dtype) == ((3, VOCAB), np.float32)
-        assert engine.live == {}
+        assert engine.live == set()
     with pytest.raises(UserError, match="one row of whole numbers"):
         llm.logits([[1, 2]])
     with pytest.raises(UserError, match="one row of whole numbers"):

@@ -109,7 +109,10 @@ def test_logits_that_are_no_numbers_are_a_failure(bad: float) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "interval"),
     [
-        ("max_tokens", 0, "whole number from 1"),
+        ("max_tokens", -1, "whole number from 0"),
+        ("presence_penalty", 2.5, "from -2 to 2"),
+        ("frequency_penalty", -3, "from -2 to 2"),
+        ("logprobs", 21, "whole number from 0 to 20"),
         ("max_tokens", 1.5, "whole number"),
         ("temperature", -0.1, "from 0 to 100, not -0.1"),
         ("temperature", float("nan"), "from 0 to 100"),

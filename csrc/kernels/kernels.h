@@ -75,6 +75,14 @@ struct LinearKernel {
 std::span<const LinearKernel> linear_kernels();
 // The row for M tokens in a format on this ISA or below it.
 const LinearKernel& choose_linear(Isa isa, Format format, size_t m);
+
+// Which rows serve a step: the best for its M tokens; or those for few tokens, or for many, however many there are. A
+// token's outputs are then the same bits alone or beside others: within a class, rows differ in how they block M, never
+// in what they add to what. tests/test_same_bits.py holds that.
+enum class RowClass : uint8_t { best, few, many };
+constexpr std::string_view kRowClassNames[] = {"best", "few", "many"};
+constexpr size_t kFewRows = 8, kManyRows = 64;  // inside the ranges of every format's rows of the class
+const LinearKernel& choose_linear(Isa isa, Format format, size_t m, RowClass row_class);
 // The row of that name, or null.
 const LinearKernel* find_linear(std::string_view name);
 

@@ -36,6 +36,12 @@ const LinearKernel& choose_linear(Isa isa, Format format, size_t m) {
     });  // the scalar rows take every format and M, so there always is one
 }
 
+const LinearKernel& choose_linear(Isa isa, Format format, size_t m, RowClass row_class) {
+    if (row_class == RowClass::few) m = std::min(m, kFewRows);
+    if (row_class == RowClass::many) m = std::max(m, kManyRows);
+    return choose_linear(isa, format, m);
+}
+
 const LinearKernel* find_linear(std::string_view name) {
     for (const LinearKernel& row : linear_kernels())
         if (row.name == name) return &row;

@@ -81,6 +81,21 @@ def bench_prefill(
     _bench("prefill", locals())
 
 
+@app.command(name="speculate")
+def bench_speculate(
+    model: Model = MODEL,
+    format: Format = None,
+    threads: Threads = None,
+    ranks: Ranks = None,
+    draft: Annotated[str | None, typer.Option(help="A smaller model of the same tokenizer; else look-up.")] = None,
+    tokens: Tokens = None,
+    repeats: Repeats = None,
+    json: Json = False,
+) -> None:
+    """Texts with drafts and without: tokens/s, where they repeat themselves and where they do not."""
+    _bench("speculate", locals())
+
+
 @app.command(name="reduce")
 def bench_reduce(
     ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,

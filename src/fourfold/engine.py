@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from time import perf_counter_ns, sleep
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fourfold._core as _core
 from fourfold import models
+from fourfold.assembly import Assembly, Report, Vector
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
-from fourfold.checkpoint.source import MappedFile
 from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.disk import WeightDisk
 from fourfold.errors import RuntimeFailure, UserError
@@ -26,16 +26,26 @@ from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.placement import by_rank, start_team
 from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
-from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers, cut_heads
-from fourfold.residency import Residency, Weights, check_address_space, choose_residency
+from fourfold.program import ProgramBuilder, cut_heads
+from fourfold.residency import Weights, check_address_space, choose_residency, kv_pages, may_grow
 from fourfold.rotary import rotary_tables
 
 MAX_STEP_TOKENS = 512  # rows a step: longer prompts are fed in pieces
-MAX_SEQUENCES = 4  # under way at a time
+MAX_SEQUENCES = 32  # under way at a time, unless asked for otherwise
 DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
 
-Vector = NDArray[np.float32]
-Report = Callable[[int, int], None]  # bytes done, bytes in all
+MOST_BACK: int = _core.Program.KEPT_ROWS - 1  # positions that a sequence may go back by
+
+RowClass = Literal["best", "few", "many"]  # of linear kernels: csrc/kernels/kernels.h
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a step does with one sequence: ids that follow, and after how many of the last ones logits are wanted."""
+
+    sequence: Sequence
+    ids: Ids[int]  # at least one
+    n_logits: int = 1
 
 
 class Engine:
@@ -56,13 +66,17 @@ class Engine:
         kv: str | None = None,
         rope_angles: str | None = None,
         weights: Weights = "auto",
+        sequences: int = MAX_SEQUENCES,
+        beside: Engine | None = None,
         kernel: str = "",
         timeout_seconds: float = 60.0,
         report: Report | None = None,
     ) -> None:
         """`weights`: in "memory"; on "disk", read at every step; "auto": on disk what does not fit in memory.
 
-        `kernel` forces a linear kernel by name; `report(done, total)` is called with the bytes loaded so far.
+        `sequences`: texts under way at a time; their KV cache shares what memory is left. `beside`: another engine,
+        whose threads this one's steps run on. `kernel` forces a linear kernel by name; `report(done, total)` is called
+        with the bytes loaded so far.
         """
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
@@ -74,7 +88,7 @@ class Engine:
         _check_kernel(kernel, machine.isas[: machine.isas.index(self.isa) + 1], stored)
         if ranks:
             cut_heads(self.config, ranks)  # what the model refuses is not asked of the machine
-        self.plan: list[RankPlan] = plan_ranks(machine, ranks, threads)
+        self.plan: list[RankPlan] = beside.plan if beside else plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
         builder.ops = fuse(builder.ops, len(self.plan))
@@ -88,17 +102,17 @@ class Engine:
             threads=[len(rank.cpus) for rank in self.plan],
         )
         self.weight_bytes = sum(self._footprint.weights)
-        n_pages = MAX_SEQUENCES * -(-self.context // PAGE)
         self._residency = choose_residency(self._footprint, weights, self.context, machine, self.plan)
+        n_pages = kv_pages(self._footprint, self._residency, sequences, self.context, machine, self.plan)
         check_address_space(self._footprint, n_pages * PAGE, self.plan, stored.weights_path)
-        self._lock = RLock()  # again and again in one thread: a dropped stream is freed wherever it is collected
-        self._pool = PagePool(n_pages, MAX_SEQUENCES, PAGE)
+        self._lock = RLock()
+        self.pool = PagePool(n_pages, sequences, PAGE, may_grow(self._footprint, machine, self.plan))
 
-        self._team = start_team(machine, self.plan, timeout_seconds)
+        self._team: Any = beside._team if beside else start_team(machine, self.plan, timeout_seconds)
         self._program = _core.make_program(
             self._team,
             max_tokens=MAX_STEP_TOKENS,
-            n_slots=MAX_SEQUENCES,
+            n_slots=sequences,
             context=self.context,
             n_pages=n_pages,
             head_dim=self.config.head_dim,
@@ -112,25 +126,30 @@ class Engine:
         try:
             if self._residency.uses_disk:
                 self._program.read_from(str(stored.weights_path), timeout_seconds)
-            _Assembly(self._program, self._team, builder, stored, self._residency, report).run()
+            Assembly(self._program, self._team, builder, stored, self._residency, report).run()
             if self._residency.uses_disk:
                 self._disk = WeightDisk(stored, self._residency)
             self._program.finish()
         except _core.StallError as error:
             raise RuntimeFailure(str(error)) from None
         self._logits_width = -(-self.config.vocab_size // 16) * 16
+        self._logits = np.empty((0, self._logits_width), np.float32)
         self._op_facts = op_facts(builder, formats, self._kv_bytes_per_token() // self.config.n_layers)
         self._profile: Profile | None = None
 
     def new_sequence(self) -> Sequence:
         """An empty text. Raises ResourceError where too many are under way."""
-        with self._lock:
-            return self._pool.new_sequence()
+        return self.pool.new_sequence()
 
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's pages back; a second time does nothing."""
-        with self._lock:
-            self._pool.free(sequence)
+        self.pool.free(sequence)
+
+    def rewind(self, sequence: Sequence, length: int) -> None:
+        """Forget all positions from `length` on, at most MOST_BACK of them."""
+        if not 0 < sequence.length - length <= MOST_BACK or length < 1:
+            raise UserError(f"a text of {sequence.length} tokens cannot go back to {length}: at most {MOST_BACK} back")
+        sequence.length = length
 
     def extend(self, sequence: Sequence, ids: Ids[int]) -> Vector:
         """Feeds ids and returns the logits after the last of them, float32 (vocab,)."""
@@ -145,12 +164,35 @@ class Engine:
         finally:
             self.free(sequence)
 
+    def step(self, feeds: Ids[Feed], *, tokens: RowClass = "best", outputs: RowClass = "best") -> Vector:
+        """Feeds several sequences in one walk; the wanted logits in order, float32 (sum of n_logits, vocab).
+
+        At most MAX_STEP_TOKENS ids in all. The logits are good until the next step. `tokens` and `outputs` say which
+        kernels multiply: those of "few" or of "many" rows give each row the same bits in any company.
+        """
+        with self._lock:
+            n_wanted = sum(feed.n_logits for feed in feeds)
+            if len(self._logits) < n_wanted:
+                self._logits = np.empty((n_wanted, self._logits_width), np.float32)
+            return self._step(feeds, tokens, outputs, self._logits[:n_wanted])
+
     def _feed(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
         """Logits of every id, or of the last alone."""
         with self._lock:
             return self._feed_locked(sequence, ids, every=every)
 
     def _feed_locked(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:
+        self._check_ids(sequence, ids)
+        self.pool.reserve(sequence, sequence.length + len(ids))
+        pieces = []
+        for begin in range(0, len(ids), MAX_STEP_TOKENS):
+            piece = ids[begin : begin + MAX_STEP_TOKENS]
+            n_logits = len(piece) if every else int(begin + len(piece) == len(ids))
+            out = np.empty((n_logits, self._logits_width), np.float32)
+            pieces.append(self._step([Feed(sequence, piece, n_logits)], "best", "best", out))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _check_ids(self, sequence: Sequence, ids: Ids[int]) -> None:
         if sequence.length + len(ids) > self.context:
             raise UserError(
                 f"{sequence.length + len(ids)} tokens do not fit the context of {self.context}: "
@@ -158,29 +200,48 @@ class Engine:
             )
         if len(ids) == 0 or min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise UserError(f"ids must be at least one, and all from 0 to {self.config.vocab_size - 1}")
+
+    def _step(self, feeds: Ids[Feed], tokens_class: RowClass, outputs_class: RowClass, out: Vector) -> Vector:
         program = self._running()
-        tokens = np.asarray(ids, np.int32)
-        self._pool.reserve(sequence, sequence.length + len(tokens))
-        pages = np.asarray([sequence.pages], np.int32)
-        pieces = []
-        for begin in range(0, len(tokens), MAX_STEP_TOKENS):
-            piece = tokens[begin : begin + MAX_STEP_TOKENS]
-            last = begin + len(piece) == len(tokens)
-            wanted = np.arange(len(piece)) if every else np.arange(len(piece) - last, len(piece))
-            out = np.empty((len(wanted), self._logits_width), np.float32)
-            rows = np.array([[sequence.slot, sequence.length, 0, len(piece)]], np.int32)
-            try:
-                called = perf_counter_ns()
-                with self._disk.counted(program) if self._disk else nullcontext():
-                    program.step(piece, rows, pages, wanted.astype(np.int32), out)
-                returned = perf_counter_ns()
-            except _core.StallError as error:
-                raise RuntimeFailure(str(error)) from None
-            if self._profile is not None:
-                self._record(self._profile, called, returned, len(piece), len(wanted), sequence.length)
-            sequence.length += len(piece)
-            pieces.append(out[:, : self.config.vocab_size])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        rows = np.empty((len(feeds), 4), np.int32)
+        tokens: list[int] = []
+        wanted: list[int] = []
+        for feed, row in zip(feeds, rows, strict=True):
+            sequence = feed.sequence
+            self._check_ids(sequence, feed.ids)
+            self.pool.reserve(sequence, sequence.length + len(feed.ids))
+            row[:] = sequence.slot, sequence.length, len(tokens), len(feed.ids)
+            tokens += feed.ids
+            wanted += range(len(tokens) - feed.n_logits, len(tokens))
+        if not 0 < len(tokens) <= MAX_STEP_TOKENS:
+            raise UserError(f"a step takes 1 to {MAX_STEP_TOKENS} ids, not {len(tokens)}")
+        pages = np.zeros((len(feeds), max(len(feed.sequence.pages) for feed in feeds)), np.int32)
+        for feed, table in zip(feeds, pages, strict=True):
+            table[: len(feed.sequence.pages)] = feed.sequence.pages
+        try:
+            called = perf_counter_ns()
+            with self._disk.counted(program) if self._disk else nullcontext():
+                program.step(
+                    np.array(tokens, np.int32),
+                    rows,
+                    pages,
+                    np.array(wanted, np.int32),
+                    out,
+                    tokens_class=tokens_class,
+                    outputs_class=outputs_class,
+                )
+            returned = perf_counter_ns()
+        except _core.StallError as error:
+            raise RuntimeFailure(str(error)) from None
+        if self._profile is not None:
+            kernels = {len(wanted): dict(program.kernels(len(wanted), outputs_class))}
+            kernels[len(tokens)] = dict(program.kernels(len(tokens), tokens_class))
+            marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in self._profile.threads)
+            work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]))
+            self._profile.add(StepFacts(called, returned, work, kernels, marks))
+        for feed in feeds:
+            feed.sequence.length += len(feed.ids)
+        return out[:, : self.config.vocab_size]
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -198,12 +259,6 @@ class Engine:
                 self._profile = None
                 if "_program" in self.__dict__:
                     self._program.record(False)
-
-    def _record(self, profile: Profile, called: int, returned: int, tokens: int, outputs: int, start: int) -> None:
-        program = self._running()
-        marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in profile.threads)
-        kernels = {rows: self.kernels(rows) for rows in {tokens, outputs}}
-        profile.add(StepFacts(called, returned, Work.of_step(tokens, outputs, start), kernels, marks))
 
     def kernels(self, n_tokens: int) -> dict[str, str]:
         """The linear kernel that a step of so many tokens runs, by weight format."""
@@ -261,8 +316,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """No page or slot is lost. Raises AssertionError otherwise."""
-        with self._lock:
-            self._pool.check_integrity()
+        self.pool.check_integrity()
 
     def close(self) -> None:
         """Threads end and memory goes back; the engine is of no use afterwards."""
@@ -286,111 +340,6 @@ class Engine:
     @property
     def _embed_bytes(self) -> int:
         return int(_core.slice_bytes(self.format, [(0, self.config.vocab_size)], [(0, self.config.dim)]))
-
-
-class _Assembly:
-    """Turns a builder's ops into the native program's, creating and loading each weight once."""
-
-    def __init__(
-        self,
-        program: Any,
-        team: Any,
-        builder: ProgramBuilder,
-        stored: FourfoldDirectory,
-        residency: Residency,
-        report: Report | None,
-    ) -> None:
-        self._program, self._team, self._builder, self._stored = program, team, builder, stored
-        self._in_memory = residency.in_memory
-        self._report, self._loaded = report, 0
-        self._to_load = sum(stored.weights[name].data_bytes for name in residency.in_memory)
-        self._place, buffers = assign_buffers(builder.ops, builder.activations)
-        self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
-        self._weights: dict[str, int] = {}
-        self._file = MappedFile(stored.weights_path)
-
-    def run(self) -> None:
-        for op in self._builder.ops:
-            getattr(self, f"_{op.kind}")(op)
-
-    def _buffer(self, op: Op, i: int, *, write: bool = False) -> int:
-        activation = (op.writes if write else op.reads)[i]
-        return self._buffers[self._place[activation.index]]
-
-    def _weight(self, name: str, outputs: Cut, inputs: Cut) -> int:
-        if name not in self._weights:
-            w = self._stored.weights[name]
-            plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
-            n_panels, is_in_memory = -(-w.shape[0] // 16), name in self._in_memory
-            native = _core.make_weight(w.format, *w.shape, plans, self._team, None if is_in_memory else w.data_offset)
-            panels = scales = None
-            if is_in_memory:
-                panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(n_panels, -1)
-            if w.scale_offset is not None:
-                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * n_panels)
-                scales = np.frombuffer(raw.tobytes(), np.float32)
-            native.load(self._team, panels, scales)
-            self._file.forget(self._file.take_reads())  # or the file would be in memory beside the copy
-            if is_in_memory:
-                self._loaded += w.data_bytes
-                if self._report:
-                    self._report(self._loaded, self._to_load)
-            self._weights[name] = self._program.add_weight(native)
-        return self._weights[name]
-
-    def _vectors(self, entry: tuple[str, Cut] | None) -> list[Vector]:
-        """Each rank's part of a vector, or nothing."""
-        if entry is None:
-            return []
-        name, cut = entry
-        values = self._stored.vectors[name]
-        empty = [np.empty(0, np.float32)]
-        return [np.concatenate(empty + [values[a:b] for a, b in rank]) for rank in cut.ranges]
-
-    def _embed(self, op: Op) -> None:
-        self._program.add_embed(self._weight(*op.weights[0]), self._buffer(op, 0, write=True))
-
-    def _norm(self, op: Op) -> None:
-        eps = self._builder.config.norm_eps
-        self._program.add_norm(self._buffer(op, 0), self._vectors(op.vectors[0]), eps, self._buffer(op, 0, write=True))
-
-    def _linear(self, op: Op) -> None:
-        outs = [self._buffer(op, i, write=True) for i in range(len(op.writes))] or [_core.Program.LOGITS]
-        *reads, base = [self._buffer(op, i) for i in range(len(op.reads))] + [_core.Program.NONE] * (not op.sums)
-        parts = [
-            (self._weight(*weight), out, self._vectors(bias))
-            for weight, out, bias in zip(op.weights, outs[: len(op.weights)], op.vectors, strict=True)
-        ]
-        self._program.add_linear(
-            reads[0],
-            parts,
-            norm=self._vectors(op.norm),
-            eps=self._builder.config.norm_eps,
-            up=reads[1] if op.gated else _core.Program.NONE,
-            base=base,
-            sum=outs[-1] if op.sums else _core.Program.NONE,
-            sum_bias=self._vectors(op.sum_bias),
-        )
-
-    def _reduce(self, op: Op) -> None:
-        partial, base = self._buffer(op, 0), self._buffer(op, 1)
-        self._program.add_reduce(partial, base, self._vectors(op.vectors[0]), self._buffer(op, 0, write=True))
-
-    def _cache(self, op: Op) -> None:
-        self._program.add_cache(op.layer, *(self._buffer(op, i) for i in range(3)))
-
-    def _attend(self, op: Op) -> None:
-        heads = self._builder.kv_of_head()
-        self._program.add_attend(op.layer, self._buffer(op, 0), heads, self._buffer(op, 0, write=True))
-
-    def _gated(self, op: Op) -> None:
-        self._program.add_gated(self._buffer(op, 0), self._buffer(op, 1), self._buffer(op, 0, write=True))
-
-    def _with_previous(self, op: Op) -> None:
-        self._program.add_with_previous(self._buffer(op, 0), self._buffer(op, 0, write=True))
-
-    def _select(self, op: Op) -> None:
-        self._program.add_select(self._buffer(op, 0), self._buffer(op, 0, write=True))
 
 
 def usable_context(config: ModelConfig, asked: int | None) -> int:

@@ -5,6 +5,7 @@ FourfoldError
 │   ├── CheckpointError      a file is missing, damaged, or says something we cannot honour
 │   ├── UnsupportedError     a well-formed request that fourfold refuses by name
 │   └── ResourceError        not enough memory, disk or cores for what was asked
+│       └── QueueFull            too much is waiting already
 └── RuntimeFailure       fourfold or the machine failed: exit status 1
 """
 
@@ -27,6 +28,10 @@ class UnsupportedError(UserError):
 
 class ResourceError(UserError):
     """Not enough memory, disk or cores; the message gives the number needed."""
+
+
+class QueueFull(ResourceError):
+    """As many requests wait as may; the same one can be taken later."""
 
 
 class RuntimeFailure(FourfoldError):

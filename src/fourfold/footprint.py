@@ -19,11 +19,13 @@ SMALL_PAGE, HUGE_PAGE = 4096, 2 << 20
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of each rank. Vectors (norms, biases) and the filter's last rows are left out, being small."""
+    """Bytes of each rank. Vectors (norms, biases) are left out, being small."""
 
     weights: tuple[int, ...]  # slices; what two ranks hold counts on both
     slices: Mapping[str, tuple[int, ...]]  # by name, in the walk's order: whole pages of memory
     kv_page: tuple[int, ...]  # PAGE positions of one text, in all layers; KV heads that two ranks hold count on both
+    state_page: tuple[int, ...]  # what filters over time keep with each page: its last row in every layer
+    state_text: tuple[int, ...]  # what they keep of each text besides: its last rows
     work: tuple[int, ...]  # a step's activations, plain and packed, and the threads' scratch
     rope: int  # tables, on no node in particular
     looked_up: frozenset[str]  # weights that are read by rows alone: an embedding that is no head
@@ -45,7 +47,14 @@ class Footprint:
     def besides_weights(self, n_positions: int) -> tuple[int, ...]:
         """The same without any weight."""
         pages = -(-n_positions // PAGE)
-        return tuple(pages * k + a for k, a in zip(self.kv_page, self.work, strict=True))
+        return tuple(
+            pages * page + state + work for page, state, work in zip(self.page, self.state_text, self.work, strict=True)
+        )
+
+    @property
+    def page(self) -> tuple[int, ...]:
+        """Each rank's bytes of a page and all that goes with it."""
+        return tuple(kv + state for kv, state in zip(self.kv_page, self.state_page, strict=True))
 
     def total(self, n_positions: int) -> int:
         """All bytes where one text has so many positions."""
@@ -78,7 +87,7 @@ def footprint(
 ) -> Footprint:
     """Of the program that was written on `builder`; `formats` are the weights', `threads` each rank's."""
     cuts = {name: (outputs, inputs) for op in builder.ops for name, outputs, inputs in op.weights}
-    weights, rooms, kv_page, work, on_disk = [], [], [], [], []
+    weights, rooms, kv_page, state_page, state_text, work, on_disk = [], [], [], [], [], [], []
     multiplied = {name for op in builder.ops if op.kind == "linear" for name, _, _ in op.weights}
     panel = max(panel_bytes(formats[name], inputs.size) for name, (_, inputs) in cuts.items())
     _, buffers = assign_buffers(builder.ops, builder.activations)
@@ -96,8 +105,21 @@ def footprint(
         rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
         scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
         partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
+        filters = [op.reads[0].cut.widths[rank] for op in builder.ops if op.kind == "with_previous"]
+        state_page.append(sum(filters) * F32)
+        state_text.append(_core.Program.KEPT_ROWS * state_page[-1])
         work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
     rope = context * head_dim * F32
     by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))
     looked_up = frozenset(cuts) - multiplied
-    return Footprint(tuple(weights), by_name, tuple(kv_page), tuple(work), rope, looked_up, tuple(on_disk))
+    return Footprint(
+        weights=tuple(weights),
+        slices=by_name,
+        kv_page=tuple(kv_page),
+        state_page=tuple(state_page),
+        state_text=tuple(state_text),
+        work=tuple(work),
+        rope=rope,
+        looked_up=looked_up,
+        on_disk=tuple(on_disk),
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,18 +21,22 @@ from fourfold.chat_template import ChatTemplate, Message
 from fourfold.checkpoint.fields import MAX_SIZE
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KV_FORMATS
-from fourfold.errors import CheckpointError, UserError
+from fourfold.errors import CheckpointError, RuntimeFailure, UserError
+from fourfold.generation import Generation
 from fourfold.locate import fourfold_directory
 from fourfold.progress import bar, warn
+from fourfold.request import Request, Update, check_prompt
 from fourfold.residency import WEIGHTS
-from fourfold.sampling import SamplingParams, StopChecker, make_sampler
+from fourfold.sampling import SamplingParams
+from fourfold.scheduler import Limits
 from fourfold.tokenizer import NoTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
+    from fourfold.draft import DraftModel
     from fourfold.engine import Engine
     from fourfold.profile import Profile
-    from fourfold.residency import Weights
+    from fourfold.steploop import StepLoop
 
 Prompt = str | Sequence[int]  # text, or ids that are taken as they are
 
@@ -66,6 +72,8 @@ class LLM:
         kv: str | None = None,
         rope_angles: str | None = None,
         weights: str | None = None,
+        sequences: int | None = None,
+        draft: str | Path | None = None,
     ) -> None:
         """Load a fourfold, Hugging Face or Megatron directory, a GGUF file or a bundled model (`smollm2`).
 
@@ -77,39 +85,45 @@ class LLM:
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
         - `weights`: in `memory`; on `disk`, read again for every token; `auto` (default): on disk what does not fit in
           memory, which a warning on stderr says.
+        - `sequences`: texts under way at a time, 32 by default; more wait.
+        - `draft`: a smaller model of the same tokenizer, which guesses ahead. It changes the speed, never a text.
 
         Raises UserError or one of its kinds for whatever cannot be done as asked.
         """
-        _check_options(ranks=ranks, threads=threads, context=context, kv=kv, rope_angles=rope_angles, weights=weights)
-        with bar(f"converting {model}") as report:
-            directory = fourfold_directory(model, format, threads=threads, report=report, check=check_text)
-        tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
+        options: dict[str, Any] = {"ranks": ranks, "threads": threads, "context": context, "weights": weights}
+        _check_options(**options, kv=kv, rope_angles=rope_angles, sequences=sequences)
+        options["weights"] = weights or "auto"
+        engine, tokenizer, template = _load(model, format, sequences, kv=kv, rope_angles=rope_angles, **options)
+        helper = None
+        if draft is not None:
+            from fourfold.draft import DraftModel
 
-        from fourfold.engine import Engine
-
-        with bar(f"loading {directory.name}") as report:
-            engine = Engine(
-                directory,
-                ranks=ranks,
-                threads=threads,
-                context=context,
-                kv=kv,
-                rope_angles=rope_angles,
-                weights=cast("Weights", weights or "auto"),
-                report=report,
-            )
-        if engine.slowness:
-            warn(engine.slowness)
-        self._set_parts(engine, tokenizer, template)
+            small, small_tokenizer, _ = _load(draft, None, sequences, **options, beside=engine)
+            helper = DraftModel.of(small, _or_ids(small, small_tokenizer), _or_ids(engine, tokenizer))
+        self._set_parts(engine, tokenizer, template, helper)
 
     @classmethod
     def _from_parts(cls, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> LLM:
         llm = cls.__new__(cls)
-        llm._set_parts(engine, tokenizer, template)
+        llm._set_parts(engine, tokenizer, template, None)
         return llm
 
-    def _set_parts(self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> None:
-        self._engine, self._tokenizer, self.chat_template = engine, tokenizer, template
+    def _set_parts(
+        self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, helper: DraftModel | None
+    ) -> None:
+        self.engine, self._tokenizer, self.chat_template, self._helper = engine, tokenizer, template, helper
+        limits = Limits(max_running=engine.pool.n_slots, max_waiting=MAX_SIZE, max_wait_seconds=math.inf)
+        self._desk = _Desk(self.new_loop(limits))
+
+    def new_loop(self, limits: Limits | None = None, *, speculates: bool = True) -> StepLoop:
+        """A step loop of one's own over the model: for many requests at a time, as the server makes it.
+
+        `speculates`: with drafts, from the draft model where there is one, else from the texts themselves.
+        """
+        from fourfold.steploop import StepLoop, lookup, speculation
+
+        drafts = None if not speculates else speculation(self._helper) if self._helper else lookup()
+        return StepLoop(self.engine, _or_ids(self.engine, self._tokenizer), limits=limits, speculation=drafts)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -124,19 +138,26 @@ class LLM:
     @property
     def context(self) -> int:
         """Positions there is room for: a prompt and its answer together."""
-        return self._engine.context
+        return self.engine.context
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return self._engine.config.vocab_size
+        return self.engine.config.vocab_size
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
-        """Continue each prompt, as it stands: no chat template."""
+        """Continue each prompt, as it stands: no chat template. Several go through the model together."""
         single = not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes)
         single = single or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         several = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        return [self.stream(prompt, params).finish() for prompt in several]
+        streams = [self.stream(prompt, params) for prompt in several]
+        try:
+            for stream in streams:
+                stream.start()
+            return [stream.finish() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Continue one prompt, piece by piece. Without a tokenizer, ids are continued, and the pieces are ids too."""
@@ -171,27 +192,29 @@ class LLM:
         ids = _ids(token_ids, "token_ids")
         self._check_prompt(ids)
         if not step:
-            return self._engine.logits(ids)
-        sequence = self._engine.new_sequence()
+            return self.engine.logits(ids)
+        sequence = self.engine.new_sequence()
         try:
-            return np.stack([self._engine.extend(sequence, [i]) for i in ids])
+            return np.stack([self.engine.extend(sequence, [i]) for i in ids])
         finally:
-            self._engine.free(sequence)
+            self.engine.free(sequence)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """A block whose steps are recorded, op by op and thread by thread: `Profile.summary`, `trace_file.write_trace`.
 
         Raises UserError within another profile.
         """
-        return self._engine.profile()
+        return self.engine.profile()
 
     def describe(self) -> dict[str, Any]:
         """What runs and how: the engine's own account (format, ranks, threads, ISA, bytes)."""
-        return self._engine.describe()
+        return self.engine.describe()
 
     def close(self) -> None:
         """Give threads and memory back; the object is of no use afterwards."""
-        self._engine.close()
+        if self._helper is not None:
+            self._helper.close()
+        self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -205,40 +228,50 @@ class LLM:
         self._check_prompt(ids)
         if not isinstance(params, SamplingParams | None):
             raise UserError(f"params must be SamplingParams, not {type(params).__name__}")
-        config = self._engine.config
-        tokenizer = self._tokenizer or NoTokenizer(config.vocab_size, config.eos_ids)
-        return Stream(self._engine, tokenizer, ids, params or SamplingParams(), after)
+        return Stream(self._desk, Request(tuple(ids), params or SamplingParams(), after=tuple(after)))
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise UserError("the prompt is empty; pass at least one token")
-        if len(ids) > self.context:
-            raise UserError(f"the prompt has {len(ids)} tokens but the context only {self.context}; shorten it")
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise UserError(
-                f"ids {min(ids)} to {max(ids)} are not all the model's, which are 0 to {self.vocab_size - 1}"
-            )
+        check_prompt(ids, self.vocab_size, self.context)
+
+
+class _Desk:
+    """One step loop that the streams of a model share, each taking steps for all while it waits for its own."""
+
+    def __init__(self, loop: StepLoop) -> None:
+        self._loop, self._lock = loop, RLock()  # again and again in one thread: a stream is freed where it is collected
+        self._inbox: dict[Generation, deque[Update]] = {}
+
+    def add(self, request: Request) -> Generation:
+        with self._lock:
+            generation = self._loop.add(request)
+            self._inbox[generation] = deque()
+            return generation
+
+    def next(self, generation: Generation) -> Update:
+        """What happened to it next. Raises RuntimeFailure where its text failed."""
+        while True:
+            with self._lock:
+                if self._inbox[generation]:
+                    update = self._inbox[generation].popleft()
+                    if update.error is not None:
+                        raise RuntimeFailure(update.error)
+                    return update
+                for update in self._loop.step():
+                    self._inbox[update.generation].append(update)
+
+    def leave(self, generation: Generation) -> None:
+        with self._lock:
+            self._loop.cancel(generation)
+            self._inbox.pop(generation, None)
 
 
 class Stream:
     """An iterator over the pieces of one text, each of whole characters; joined, they are `completion.text`."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer | NoTokenizer,
-        prompt: list[int],
-        params: SamplingParams,
-        after: Sequence[int],
-    ) -> None:
-        self._engine, self._params = engine, params
-        self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)
-        self._decoder, self._stops = tokenizer.stream(after), StopChecker(params.stop)
-        self._sampler = make_sampler(params, limit=tokenizer.vocab_size)
-        self._prompt_tokens, self._ids = len(prompt), list(prompt)
-        self._seconds: list[float] = []  # of each id, what the reader of the pieces takes left out
+    def __init__(self, desk: _Desk, request: Request) -> None:
+        self._desk, self._request = desk, request
+        self._generation: Generation | None = None
         self._text = ""
-        self._reason: Literal["stop", "length", "cancelled"] = "cancelled"
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -247,9 +280,16 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def start(self) -> None:
+        """Take part in the steps from now on, not from the first piece that is asked for."""
+        if self._generation is None:
+            self._generation = self._desk.add(self._request)
+
     def close(self) -> None:
         """End the generation here."""
         self._pieces.close()
+        if self._generation is not None:
+            self._desk.leave(self._generation)
 
     def finish(self) -> Completion:
         """Read the rest, and the whole completion."""
@@ -260,42 +300,51 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """What has come so far; `cancelled` until the last piece has."""
+        g = self._generation
+        reason = g.finish if g is not None and g.finish in ("stop", "length") else "cancelled"
         return Completion(
             text=self._text,
-            token_ids=tuple(self._ids[self._prompt_tokens :]),
-            finish_reason=self._reason,
-            prompt_tokens=self._prompt_tokens,
-            prompt_seconds=sum(self._seconds[:1]),
-            decode_seconds=sum(self._seconds[1:]),
+            token_ids=tuple(g.ids[g.prompt_tokens :]) if g else (),
+            finish_reason=cast(Any, reason),
+            prompt_tokens=len(self._request.prompt),
+            prompt_seconds=g.prompt_seconds if g else 0.0,
+            decode_seconds=g.decode_seconds if g else 0.0,
         )
 
     def _run(self) -> Generator[str, None, None]:
-        sequence = self._engine.new_sequence()
+        self.start()
+        assert self._generation is not None
         try:
-            fresh = list(self._ids)
-            while self._reason == "cancelled":
-                start = perf_counter()
-                logits = self._engine.extend(sequence, fresh)
-                fresh = [self._sampler(logits, self._ids)]
-                self._ids += fresh
-                piece = "" if fresh[0] in self._eos else self._stops.push(self._decoder.push(fresh[0]))
-                self._reason = self._why_end(fresh[0])
-                if self._reason != "cancelled":
-                    piece += self._stops.push(self._decoder.flush())
-                    self._reason = "stop" if self._stops.stopped else self._reason
-                    piece += self._stops.flush()
-                self._seconds.append(perf_counter() - start)
-                self._text += piece
-                if piece:
-                    yield piece
+            finish = None
+            while finish is None:
+                update = self._desk.next(self._generation)
+                finish = update.finish
+                self._text += update.text
+                if update.text:
+                    yield update.text
         finally:
-            self._engine.free(sequence)
+            self._desk.leave(self._generation)
 
-    def _why_end(self, last: int) -> Literal["stop", "length", "cancelled"]:
-        if last in self._eos or self._stops.stopped:
-            return "stop"
-        full = len(self._ids) > self._engine.context  # the last id has no position left
-        return "length" if full or len(self._ids) - self._prompt_tokens == self._params.max_tokens else "cancelled"
+
+def _load(
+    model: str | Path, format: str | None, sequences: int | None, **options: Any
+) -> tuple[Engine, Tokenizer | None, ChatTemplate | None]:
+    """A model in memory, converted before where it must be."""
+    with bar(f"converting {model}") as report:
+        directory = fourfold_directory(model, format, threads=options["threads"], report=report, check=check_text)
+    tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
+
+    from fourfold.engine import MAX_SEQUENCES, Engine
+
+    with bar(f"loading {directory.name}") as report:
+        engine = Engine(directory, sequences=sequences or MAX_SEQUENCES, report=report, **options)
+    if engine.slowness:
+        warn(engine.slowness)
+    return engine, tokenizer, template
+
+
+def _or_ids(engine: Engine, tokenizer: Tokenizer | None) -> Tokenizer | NoTokenizer:
+    return tokenizer or NoTokenizer(engine.config.vocab_size, engine.config.eos_ids)
 
 
 def load_text(directory: Path, vocab_size: int) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -332,7 +381,7 @@ def _ids(values: ArrayLike, what: str) -> list[int]:
 
 
 def _check_options(**options: object) -> None:
-    for name in ("ranks", "threads", "context"):
+    for name in ("ranks", "threads", "context", "sequences"):
         value = options[name]
         if value is not None and not (type(value) is int and 1 <= value <= MAX_SIZE):
             raise UserError(f"{name} must be a whole number from 1 to {MAX_SIZE}, not {value!r}")

@@ -7,15 +7,17 @@ that the disk reads on while those in memory are multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Literal
 
 import fourfold._core as _core
 from fourfold.errors import ResourceError
-from fourfold.footprint import Footprint
-from fourfold.machine import Machine, RankPlan, address_space_left
+from fourfold.footprint import PAGE, Footprint
+from fourfold.machine import Machine, RankPlan, address_space_left, read_machine
 from fourfold.placement import uses_one_node
 
 Weights = Literal["auto", "memory", "disk"]
@@ -83,6 +85,37 @@ def choose_residency(
     budgets = [(pool.available * (1 - SPARE) - pool.of(rest)) / size for pool, size in sizes]
     kept = _spread(multiplied, 0.0 if weights == "disk" else min(budgets))
     return Residency(kept, frozenset(multiplied) - kept, need.looked_up)
+
+
+def kv_pages(
+    need: Footprint, residency: Residency, n_texts: int, context: int, machine: Machine, plan: list[RankPlan]
+) -> int:
+    """Pages for so many texts of full length, or as many as memory has room for; one text's at least."""
+    of_a_text = -(-context // PAGE)
+    resident = tuple(sum(need.slices[name][rank] for name in residency.in_memory) for rank in range(len(plan)))
+    besides = [a + b for a, b in zip(resident, need.work, strict=True)]
+    fitting = [
+        int(pool.available * (1 - SPARE) - pool.of(besides)) // max(1, sum(need.page[rank] for rank in pool.ranks))
+        for pool in _pools(machine, plan, need.rope)
+    ]
+    return max(of_a_text, min(n_texts * of_a_text, *fitting))
+
+
+def may_grow(need: Footprint, machine: Machine, plan: list[RankPlan]) -> Callable[[int], bool]:
+    """Whether memory has room for n further pages, now. Reads the system's account once a second at most."""
+    spare = [pool.available * SPARE for pool in _pools(machine, plan, 0)]
+    read_at, left = -math.inf, 0
+
+    def grow(n_pages: int) -> bool:
+        nonlocal read_at, left
+        if monotonic() > read_at + 1:
+            pools = _pools(read_machine(), plan, 0)
+            each = [max(1, sum(need.page[rank] for rank in pool.ranks)) for pool in pools]
+            rooms = [int(p.available - s) // n for p, s, n in zip(pools, spare, each, strict=True)]
+            read_at, left = monotonic(), min(rooms)
+        return n_pages <= left
+
+    return grow
 
 
 def check_address_space(need: Footprint, n_positions: int, plan: list[RankPlan], file: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +15,39 @@ from fourfold.errors import RuntimeFailure, UserError
 
 Logits = NDArray[np.float32]  # (vocab,), or (candidates,) once a filter has left some out
 Ids = NDArray[np.int64]
-Sampler = Callable[[Logits, Sequence[int]], int]  # logits (vocab,) and every id so far, prompt included -> the next id
+Allowed = NDArray[np.bool_]  # (vocab,): the ids that may come next
 Filter = Callable[[Ids, Logits], tuple[Ids, Logits]]  # candidates, ids ascending, and their logits -> those that stay
+
+
+class Sampler(Protocol):
+    """Chooses the next id."""
+
+    def __call__(self, logits: Logits, history: Sequence[int], allowed: Allowed | None = None) -> int:
+        """From logits (vocab,), every id so far, prompt included, and the ids that may come next: None is all."""
+
+
+MOST_LOGPROBS = 20  # alternatives to an id
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a text. The defaults are greedy: exact, and the same on every run.
 
-    The filters apply in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+    They apply in this order: logit_bias, the penalties, temperature, top_k, top_p, min_p.
     """
 
-    max_tokens: int = 512
+    max_tokens: int = 512  # 0: nothing is sampled
     temperature: float = 0.0  # 0: always the likeliest id
     top_k: int | None = None  # among the k likeliest, and all that tie with the k-th
     top_p: float = 1.0  # among the fewest likeliest that have this probability together
     min_p: float = 0.0  # among those at least this fraction as likely as the likeliest
     repetition_penalty: float = 1.0  # divides a positive logit, multiplies a negative one, of every id so far
+    presence_penalty: float = 0.0  # subtracted from the logit of every id sampled so far
+    frequency_penalty: float = 0.0  # the same, as many times as it was sampled
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, hash=False
+    )  # added to the logit of an id, -100 to 100
+    logprobs: int | None = None  # of each sampled id, and of so many of the likeliest; None: none
     stop: tuple[str, ...] = ()  # the text ends before any of these
     seed: int | None = None  # None: different on every run, where temperature is not 0
     ignore_eos: bool = False  # go on to max_tokens
@@ -39,15 +57,24 @@ class SamplingParams:
         if not isinstance(self.stop, str | list | tuple):
             raise UserError(f"stop must be a text or several, not {self.stop!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        _check("max_tokens", self.max_tokens, 1, 2**31 - 1, whole=True)
+        _check("max_tokens", self.max_tokens, 0, 2**31 - 1, whole=True)
         _check("temperature", self.temperature, 0, 100)
         _check("top_k", 1 if self.top_k is None else self.top_k, 1, 2**31 - 1, whole=True)
         _check("top_p", self.top_p, 0, 1, above=True)
         _check("min_p", self.min_p, 0, 1)
         _check("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _check("presence_penalty", self.presence_penalty, -2, 2)
+        _check("frequency_penalty", self.frequency_penalty, -2, 2)
+        _check("logprobs", 0 if self.logprobs is None else self.logprobs, 0, MOST_LOGPROBS, whole=True)
         _check("seed", 0 if self.seed is None else self.seed, 0, 2**64 - 1, whole=True)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop must be texts of at least one character, not {self.stop!r}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias must map ids to numbers, not {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            _check("an id of logit_bias", token_id, 0, 2**31 - 1, whole=True)
+            _check(f"the logit_bias of id {token_id}", bias, -100, 100)
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
 
 
 def _check(name: str, value: object, low: float, high: float, *, above: bool = False, whole: bool = False) -> None:
@@ -57,19 +84,21 @@ def _check(name: str, value: object, low: float, high: float, *, above: bool = F
         raise UserError(f"{name} must be a {'whole ' if whole else ''}number {interval}, not {value!r}")
 
 
-def make_sampler(params: SamplingParams, limit: int | None = None) -> Sampler:
+def make_sampler(params: SamplingParams, limit: int | None = None, n_prompt: int = 0) -> Sampler:
     """A sampler of only the filters asked for; it carries the random state, so make one for each text.
 
-    `limit`: ids from here on are padding of the vocabulary and never sampled.
+    `limit`: ids from here on are padding of the vocabulary and never sampled. `n_prompt`: ids of the text's beginning,
+    which were not sampled.
     """
-    penalty = params.repetition_penalty
-    filters = _filters(params)
+    filters, adjust = _filters(params), _adjustments(params, n_prompt)
     generator = np.random.Generator(np.random.PCG64(params.seed))
 
-    def sample(logits: Logits, history: Sequence[int]) -> int:
+    def sample(logits: Logits, history: Sequence[int], allowed: Allowed | None = None) -> int:
         logits = logits[:limit]
-        if penalty != 1:
-            logits = penalize(logits, history, penalty)
+        for change in adjust:
+            logits = change(logits, history)
+        if allowed is not None:
+            logits = np.where(allowed[: len(logits)], logits, np.float32(-np.inf))
         likeliest = int(np.argmax(logits))  # the lowest id where some tie; the first NaN where there is one
         if not np.isfinite(logits[likeliest]):
             raise RuntimeFailure(f"the model's logits are not finite (id {likeliest}: {logits[likeliest]})")
@@ -82,6 +111,43 @@ def make_sampler(params: SamplingParams, limit: int | None = None) -> Sampler:
         return int(ids[draw(scaled, generator)])
 
     return sample
+
+
+def _adjustments(params: SamplingParams, n_prompt: int) -> list[Callable[[Logits, Sequence[int]], Logits]]:
+    """What changes single ids' logits: each returns a copy."""
+    changes: list[Callable[[Logits, Sequence[int]], Logits]] = []
+    if params.logit_bias:
+        biased = np.fromiter(params.logit_bias, np.int64)
+        biases = np.fromiter(params.logit_bias.values(), np.float32)
+        changes.append(lambda logits, _: add_to(logits, biased, biases))
+    if params.repetition_penalty != 1:
+        changes.append(lambda logits, history: penalize(logits, history, params.repetition_penalty))
+    if params.presence_penalty or params.frequency_penalty:
+
+        def discourage(logits: Logits, history: Sequence[int]) -> Logits:
+            ids, counts = np.unique(np.asarray(history[n_prompt:], dtype=np.int64), return_counts=True)
+            return add_to(logits, ids, -params.presence_penalty - params.frequency_penalty * counts)
+
+        changes.append(discourage)
+    return changes
+
+
+def add_to(logits: Logits, ids: Ids, values: NDArray[np.floating]) -> Logits:
+    """A copy of the logits with a value added to each of the ids; those beyond the vocabulary are left out."""
+    inside = ids < len(logits)
+    changed = logits.copy()
+    changed[ids[inside]] += values[inside].astype(np.float32)
+    return changed
+
+
+def log_probabilities(logits: Logits, token_id: int, n_likeliest: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The natural logarithm of an id's probability, and the likeliest ids with theirs, likeliest first."""
+    highest = logits.max()
+    total = highest + np.log(np.exp(logits - highest).sum(dtype=np.float64))
+    n = min(n_likeliest, len(logits))
+    some = np.argpartition(-logits, n - 1)[:n] if n else np.empty(0, np.int64)
+    some = some[np.lexsort((some, -logits[some]))]
+    return float(logits[token_id] - total), tuple((int(i), float(logits[i] - total)) for i in some)
 
 
 def _filters(params: SamplingParams) -> list[Filter]:

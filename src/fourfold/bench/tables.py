@@ -33,6 +33,10 @@ def _title(result: Mapping[str, Any]) -> str:
         what = f"load of {result['model']} in {result['format']}, {result['weight_bytes'] / 1e9:.2f} GB"
     elif result["bench"] == "quantize":
         what = f"quantize {result['source_bytes'] / 1e9:.2f} GB of bf16 to {result['format']}"
+    elif result["bench"] == "speculate":
+        what = (
+            f"drafts by {result['draft']} for {result['model']} in {result['format']}, {result['tokens']} tokens"
+        )
     elif result["bench"] == "reduce":
         what = f"all-reduce of {result['kb']} KB, {result['reductions']} times"
     else:
@@ -115,6 +119,22 @@ def _reduce(result: Mapping[str, Any]) -> Table:
     )
 
 
+def _speculate(result: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("text", "tokens/s without", "tokens/s with drafts", "ratio", "drafted", "right"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            row["text"],
+            f"{row['tokens_per_s_without']['median']:.1f}",
+            f"{row['tokens_per_s']['median']:.1f}",
+            _range(row["ratio"], 2),
+            str(row["drafted"]),
+            f"{row['accepted'] / max(1, row['drafted']):.0%}",
+        )
+    return table
+
+
 _TABLES = {
     "linear": _linear,
     "decode": _decode,
@@ -122,6 +142,7 @@ _TABLES = {
     "load": _load,
     "quantize": _quantize,
     "reduce": _reduce,
+    "speculate": _speculate,
 }
 
 

@@ -1,0 +1,68 @@
+"""What is asked of the step loop, and what it says: values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fourfold.errors import UserError
+from fourfold.sampling import Allowed, SamplingParams
+
+if TYPE_CHECKING:
+    from fourfold.generation import Generation
+
+Finish = Literal["stop", "length", "error"]  # an end or stop string; max_tokens or the context; a failure
+
+
+class Grammar(Protocol):
+    """Constrains what is sampled for one text, whose state it carries."""
+
+    def mask(self) -> Allowed | None:
+        """The ids that may come next, an end of text among them where the text may end; None: all."""
+
+    def accept(self, token_id: int) -> None:
+        """That id was sampled."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue."""
+
+    prompt: tuple[int, ...]  # ids, at least one
+    params: SamplingParams = field(default_factory=SamplingParams)
+    grammar: Grammar | None = None  # a fresh one for each request
+    after: tuple[int, ...] = ()  # ids whose text precedes the answer: a completion's prompt, nothing in a chat
+    prompt_logprobs: bool = False  # of the prompt's ids too, with params.logprobs of the likeliest each
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held an id: by its own distribution, before bias, penalties and temperature."""
+
+    id: int
+    logprob: float | None  # natural; None for a prompt's first id
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest ids and theirs, likeliest first
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did for one request."""
+
+    generation: Generation
+    text: str = ""  # whole characters, without stop strings
+    ids: tuple[int, ...] = ()  # sampled; several where drafts were accepted
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the ids, where asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # once, where asked for
+    finish: Finish | None = None  # of the last update
+    error: str | None = None  # with finish "error"
+
+
+def check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:
+    """Raises UserError for an empty prompt, for one that is too long, and for ids that the model does not have."""
+    if not ids:
+        raise UserError("the prompt is empty; pass at least one token")
+    if len(ids) > context:
+        raise UserError(f"the prompt has {len(ids)} tokens but the context only {context}; shorten it")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UserError(f"ids {min(ids)} to {max(ids)} are not all the model's, which are 0 to {vocab_size - 1}")

@@ -1,0 +1,109 @@
+"""A token's logits are the same bits alone or in any company: what sharing a step, drafting and preemption rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fourfold._core as _core
+import numpy as np
+import pytest
+
+from fourfold.engine import MOST_BACK, Engine, Feed, RowClass
+from fourfold.errors import UserError
+from fourfold.kvcache import Sequence, page_keys
+
+ISAS = _core.read_machine().isas()
+Converted = Callable[[Path, str], Path]
+IDS = np.random.default_rng(0).integers(0, 512, 300).tolist()
+OTHERS = np.random.default_rng(1).integers(0, 512, (9, 300)).tolist()
+
+
+@pytest.fixture(params=["nf4", "bf16", "f32"])
+def fmt(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def engine(shared: Path, converted: Converted, fmt: str, request: pytest.FixtureRequest) -> Engine:
+    return Engine(converted(shared / "golden" / "yuan-d64", fmt), ranks=request.param)
+
+
+def fed(
+    engine: Engine, sizes: list[int], rows: RowClass, company: list[Sequence] | None = None
+) -> tuple[Sequence, Any]:
+    """IDS in pieces of these sizes, each step with pieces of other texts before and behind; all logits."""
+    sequence, out = engine.new_sequence(), []
+    for turn, size in enumerate(sizes):
+        feeds = [Feed(sequence, IDS[sequence.length : sequence.length + size], size)]
+        for i, other in enumerate(company or []):
+            n = 1 + (turn + 3 * i) % 5
+            feed = Feed(other, OTHERS[i][other.length : other.length + n], n)
+            feeds.insert(0, feed) if i % 2 else feeds.append(feed)
+        at = sum(feed.n_logits for feed in feeds[: [feed.sequence for feed in feeds].index(sequence)])
+        out.append(engine.step(feeds, tokens=rows, outputs=rows)[at : at + size].copy())
+    return sequence, np.concatenate(out)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", ["few", "many"])
+def test_pieces_and_company_change_no_bit(
+    shared: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, fmt: str, isa: str, rows: RowClass
+) -> None:
+    monkeypatch.setenv("FOURFOLD_ISA", isa)
+    engine = Engine(converted(shared / "golden" / "yuan-d64", fmt), ranks=2)
+    n = 20 if isa == "scalar" else 150
+    sizes = [[1] * n, [n], [n // 2, 1, 2, n - n // 2 - 3], [3, 5, 8, n - 16]]
+    _, alone = fed(engine, sizes[0], rows)
+    for pieces in sizes[1:]:
+        _, together = fed(engine, pieces, rows)
+        assert (together == alone).all()
+    company = [engine.new_sequence() for _ in OTHERS]
+    for pieces in (sizes[3], sizes[0][:20]):
+        _, together = fed(engine, pieces, rows, company)
+        assert (together == alone[: sum(pieces)]).all()
+
+
+def test_going_back_leaves_no_trace(engine: Engine) -> None:
+    """Over the edges of pages too, where the filter's state belongs to the page."""
+    _, straight = fed(engine, [1] * 140, "few")
+    sequence, wrong = engine.new_sequence(), [7] * MOST_BACK
+    while sequence.length < 130:
+        here = sequence.length
+        right = 1 + here % 5  # of the drafted ids
+        drafted = [*IDS[here : here + right], *wrong[right - 1 :]]
+        rows = engine.step([Feed(sequence, drafted, len(drafted))], tokens="few", outputs="few")
+        assert (rows[:right] == straight[here : here + right]).all()
+        engine.rewind(sequence, here + right)
+    for length in (sequence.length, sequence.length + 1, sequence.length - MOST_BACK - 1, 0):
+        with pytest.raises(UserError, match="cannot go back"):
+            engine.rewind(sequence, length)
+
+
+def test_going_on_from_anothers_pages_is_as_having_computed_them(engine: Engine) -> None:
+    first, straight = fed(engine, [200], "many")
+    keys = page_keys(IDS[:200], 64)
+    engine.pool.keep(first, keys)
+    for n_pages in (1, 2, 3):
+        second = engine.new_sequence()
+        engine.pool.adopt(second, keys[:n_pages])
+        assert second.length == 64 * n_pages
+        here = second.length
+        rows = engine.step([Feed(second, IDS[here:200], 200 - here)], tokens="many", outputs="many")
+        assert (rows == straight[here:200]).all()
+        engine.free(second)
+    engine.free(first)
+    third = engine.new_sequence()  # from pages that nobody holds any more
+    engine.pool.adopt(third, keys[:2])
+    rows = engine.step([Feed(third, IDS[128:130], 2)], tokens="many", outputs="many")
+    assert (rows == straight[128:130]).all()
+    engine.check_integrity()
+
+
+def test_a_step_takes_what_it_can(engine: Engine) -> None:
+    sequence = engine.new_sequence()
+    with pytest.raises(UserError, match="a step takes 1 to 512 ids, not 513"):
+        engine.step([Feed(engine.new_sequence(), [1] * 257), Feed(sequence, [1] * 256)])
+    with pytest.raises(UserError, match="ids must be at least one"):
+        engine.step([Feed(sequence, [])])

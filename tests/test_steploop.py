@@ -1,0 +1,415 @@
+"""Many texts over one engine: each is what it would be alone, whoever comes and goes, and nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fourfold.engine import Engine
+from fourfold.errors import QueueFull, RuntimeFailure, UserError
+from fourfold.generation import FEW_PROMPT, Generation
+from fourfold.kvcache import PagePool
+from fourfold.request import Request, Update
+from fourfold.sampling import SamplingParams
+from fourfold.scheduler import Limits
+from fourfold.steploop import StepLoop, lookup
+from fourfold.tokenizer import NoTokenizer
+
+VOCAB = 512
+IDS = np.random.default_rng(5).integers(0, VOCAB, 400).tolist()
+NEVER_SHARED = Limits(prefix_cache="off")
+
+
+@pytest.fixture(scope="module")
+def engine(shared: Path, converted: Callable[[Path, str], Path]) -> Engine:
+    return Engine(converted(shared / "golden" / "yuan-d64", "nf4"), ranks=2, sequences=12)
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> dict[Request, list[int]]:
+    """What each of MIXED is continued with where it is alone."""
+    return dict(zip(MIXED, alone(engine, MIXED), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def a_pool_of_its_own(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pages(engine, monkeypatch, 60)
+
+
+def with_pages(engine: Engine, monkeypatch: pytest.MonkeyPatch, n_pages: int) -> None:
+    """The engine has only so many pages, all of them free."""
+    monkeypatch.setattr(engine, "pool", PagePool(n_pages, engine.pool.n_slots, 64))
+
+
+def loop_of(engine: Engine, limits: Limits | None = None, *, speculates: bool = False) -> StepLoop:
+    tokenizer = NoTokenizer(VOCAB, ())
+    return StepLoop(engine, tokenizer, limits=limits, speculation=lookup() if speculates else None)
+
+
+def request(n_prompt: int, n_tokens: int, start: int = 0, **options: Any) -> Request:
+    grammar, scores = options.pop("grammar", None), options.pop("prompt_logprobs", False)
+    prompt = tuple(IDS[start : start + n_prompt])
+    return Request(prompt, SamplingParams(max_tokens=n_tokens, **options), grammar, prompt_logprobs=scores)
+
+
+def finish(loop: StepLoop, steps: int = 10_000) -> list[Update]:
+    """Every update until nobody is left."""
+    updates = []
+    while not loop.is_idle:
+        updates += loop.step()
+        steps -= 1
+        assert steps, "the loop does not end"
+    loop.check_integrity()
+    return updates
+
+
+def texts(loop: StepLoop, requests: Iterable[Request]) -> list[list[int]]:
+    """What each is continued with, all together."""
+    generations = [loop.add(r) for r in requests]
+    finish(loop)
+    return [g.ids[g.prompt_tokens :] for g in generations]
+
+
+def alone(engine: Engine, requests: Iterable[Request], limits: Limits = NEVER_SHARED) -> list[list[int]]:
+    return [texts(loop_of(engine, limits), [r])[0] for r in requests]
+
+
+SHAPES = [
+    (1, 0, 0.0),
+    (5, 9, 0.8),
+    (32, 0, 0.0),
+    (33, 0, 0.0),
+    (64, 0, 0.9),
+    (65, 0, 0.0),
+    (129, 0, 0.0),
+    (20, 100, 0.0),
+]
+SHAPES += [(200, 50, 0.0), (300, 0, 0.0), (128, 0, 1.0), (90, 7, 0.0)]
+MIXED = [request(n, 30, start, temperature=heat, seed=3) for n, start, heat in SHAPES]
+
+
+# ---- the same text in any company
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+@pytest.mark.parametrize("prefix_cache", ["off", "prompts", "all"])
+def test_a_text_is_the_same_alone_and_among_others(
+    engine: Engine, expected: dict[Request, list[int]], prefix_cache: Any, speculates: bool
+) -> None:
+    loop = loop_of(engine, Limits(prefix_cache=prefix_cache, prompt_chunk=100), speculates=speculates)
+    assert texts(loop, MIXED) == [*expected.values()]
+    stats = loop.stats()
+    assert (stats.tokens_reused > 0) == (prefix_cache != "off")
+    assert (stats.accepted > 0) == speculates
+    assert stats.tokens_generated == 30 * len(MIXED)
+    assert texts(loop, MIXED[::-1]) == [*expected.values()][::-1]  # from what is kept of the first time
+
+
+def test_texts_that_lose_their_pages_go_on_as_if_nothing_had_been(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(n, 150, n) for n in (40, 60, 100, 20, 80)]
+    expected = alone(engine, requests)
+    with_pages(engine, monkeypatch, 8)
+    for limits in (NEVER_SHARED, Limits(prefix_cache="prompts")):
+        loop = loop_of(engine, limits, speculates=True)
+        assert texts(loop, requests) == expected
+        assert loop.stats().preemptions > 0
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_whoever_comes_and_goes_the_rest_are_undisturbed(
+    engine: Engine, expected: dict[Request, list[int]], data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        with_pages(engine, patch, data.draw(st.sampled_from([7, 12, 40])))
+        limits = Limits(max_running=data.draw(st.integers(1, 6)), prompt_chunk=70, prefix_cache="prompts")
+        loop = loop_of(engine, limits, speculates=data.draw(st.booleans()))
+        live: list[Generation] = []
+        for _ in range(data.draw(st.integers(1, 60))):
+            action = data.draw(st.sampled_from(["add", "step", "step", "step", "cancel"]))
+            if action == "add":
+                live.append(loop.add(data.draw(st.sampled_from(MIXED))))
+            elif action == "step":
+                loop.step()
+            elif live:
+                loop.cancel(live.pop(data.draw(st.integers(0, len(live) - 1))))
+            loop.check_integrity()
+        finish(loop)
+        for g in live:
+            assert g.ids[g.prompt_tokens :] == expected[g.request]
+        assert engine.pool.n_held == 0
+
+
+def test_smollm2_says_the_same_alone_and_among_31_others(smollm2: Path, converted: Callable[[Path, str], Path]) -> None:
+    engine = Engine(converted(smollm2, "nf4"), sequences=32)
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(0, 49152, int(n)).tolist()) for n in rng.integers(1, 150, 32)]
+    requests = [Request(prompt, SamplingParams(max_tokens=8)) for prompt in prompts]
+
+    def answers(several: list[Request]) -> list[list[int]]:
+        loop = StepLoop(engine, NoTokenizer(49152, ()), speculation=lookup())
+        return texts(loop, several)
+
+    together = answers(requests)
+    engine.pool.forget()
+    for i in (0, 7, 13, 31):
+        assert answers([requests[i]]) == [together[i]]
+
+
+def test_drafts_change_no_text_that_is_sampled(engine: Engine) -> None:
+    hot = [request(60, 80, i, temperature=0.4, top_p=0.9, seed=i, frequency_penalty=0.3) for i in range(6)]
+    assert texts(loop_of(engine, speculates=True), hot) == alone(engine, hot)
+
+
+# ---- shared beginnings
+
+
+def test_a_beginning_is_computed_once_for_all_who_come_at_once(engine: Engine) -> None:
+    loop = loop_of(engine)
+    generations = [loop.add(request(200, 5, seed=i, temperature=1.0)) for i in range(8)]
+    finish(loop)
+    assert [g.cached_tokens for g in generations] == [0] + [192] * 7
+    assert loop.stats().tokens_prompt == 200 + 7 * 8
+    assert loop.stats().tokens_reused == 7 * 192
+
+
+def test_the_next_turn_of_a_chat_goes_on_from_the_last(engine: Engine) -> None:
+    loop = loop_of(engine)
+    first = loop.add(request(100, 60))
+    finish(loop)
+    turn = Request((*first.ids, *IDS[:30]), SamplingParams(max_tokens=3))
+    second = loop.add(turn)
+    finish(loop)
+    assert second.cached_tokens == 128  # the answer's full page among them; its last id was never fed
+    loop = loop_of(engine, Limits(prefix_cache="prompts"))
+    engine.pool.forget()
+    first = loop.add(request(100, 60))
+    finish(loop)
+    second = loop.add(turn)
+    finish(loop)
+    assert second.cached_tokens == 64  # the prompt's alone
+
+
+# ---- turns
+
+
+def test_a_long_prompt_does_not_stop_the_others(engine: Engine) -> None:
+    loop = loop_of(engine, Limits(stall_seconds=1e-6))
+    talking = [loop.add(request(10, 200, i)) for i in range(3)]
+    while any(not g.completion_tokens for g in talking):
+        loop.step()
+    loop.add(request(400, 1))
+    loop.step()
+    long = loop.add(request(390, 1, 5))
+    silent = 0
+    while not long.completion_tokens:
+        heard = {u.generation for u in loop.step()}
+        silent = 0 if heard >= set(talking) else silent + 1
+        assert silent < 2
+    steps = -(-400 // 64) + -(-390 // 64)
+    assert loop.stats().steps >= steps, "the chunk was to be as small as it may"
+
+
+def test_nobody_overtakes(engine: Engine) -> None:
+    loop = loop_of(engine, Limits(max_running=2))
+    generations = [loop.add(request(5, n, n)) for n in (9, 3, 4, 5, 2)]
+    begun: list[Generation] = []
+    while not loop.is_idle:
+        begun += [u.generation for u in loop.step() if u.generation not in begun]
+    assert begun == generations
+
+
+def test_a_text_that_needs_all_pages_gets_them_in_its_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pages(engine, monkeypatch, 6)
+    loop = loop_of(engine, NEVER_SHARED)
+    small = [loop.add(request(60, 60, i)) for i in range(2)]
+    large = loop.add(request(380, 3))
+    later = loop.add(request(60, 5))
+    order = [u.generation for u in finish(loop) if u.finish]
+    assert order == [*small, large, later]
+
+
+def test_the_queue_has_an_end(engine: Engine) -> None:
+    loop = loop_of(engine, Limits(max_running=2, max_waiting=1))
+    for _ in range(3):
+        last = loop.add(request(5, 2))
+    with pytest.raises(QueueFull, match="try again later"):
+        loop.add(request(5, 2))
+    loop.cancel(last)
+    loop.add(request(5, 2))
+    finish(loop)
+
+
+def test_waiting_has_an_end(engine: Engine) -> None:
+    loop = loop_of(engine, Limits(max_running=1, max_wait_seconds=0.0))
+    first = loop.add(request(5, 300))
+    loop._added[first] += 1000
+    loop.step()
+    second = loop.add(request(5, 2))
+    (update,) = [u for u in loop.step() if u.generation is second]
+    assert (update.finish, update.error) == ("error", "no room was found for the request in 0 s")
+    assert {u.finish for u in finish(loop)} == {None, "length"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [((), "the prompt is empty"), ((512,), "are not all the model's"), ((1,) * 513, "513 tokens but the context only")],
+)
+def test_what_could_never_run_is_refused(engine: Engine, prompt: tuple[int, ...], message: str) -> None:
+    loop = loop_of(engine)
+    with pytest.raises(UserError, match=message):
+        loop.add(Request(prompt))
+    assert loop.is_idle
+    assert loop.step() == []
+
+
+# ---- logprobs
+
+
+def log_softmax(rows: Any) -> Any:
+    rows = rows.astype(np.float64)
+    return (
+        rows - np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True)) - rows.max(-1, keepdims=True)
+    )
+
+
+@pytest.mark.parametrize("n_prompt", [1, FEW_PROMPT, FEW_PROMPT + 1, 300])
+def test_a_prompt_is_scored_id_by_id(shared: Path, converted: Callable[[Path, str], Path], n_prompt: int) -> None:
+    engine = Engine(converted(shared / "golden" / "yuan-d64", "f32"), ranks=1)
+    expected = log_softmax(engine.logits(IDS[:n_prompt]))
+    for n_tokens in (0, 1, 3):
+        loop = loop_of(engine, Limits(prompt_chunk=130))
+        loop.add(request(n_prompt, n_tokens, prompt_logprobs=True, logprobs=2))
+        first, *rest = finish(loop)
+        assert [t.id for t in first.prompt_logprobs] == IDS[:n_prompt]
+        assert first.prompt_logprobs[0].logprob is None
+        for row, t in zip(expected, first.prompt_logprobs[1:], strict=False):
+            assert t.logprob == pytest.approx(row[t.id], abs=1e-4)
+            assert [i for i, _ in t.top] == np.argsort(-row)[:2].tolist()
+        assert len(rest) == max(0, n_tokens - 1)
+        assert first.finish == ("length" if n_tokens < 2 else None)
+        if n_tokens:
+            (sampled,) = first.logprobs
+            assert (sampled.id, sampled.logprob) == (first.ids[0], pytest.approx(expected[-1].max(), abs=1e-4))
+            assert sampled.top[0] == (sampled.id, sampled.logprob)
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling(engine: Engine) -> None:
+    plain, biased = request(50, 1, logprobs=1), request(50, 1, logprobs=0, logit_bias={7: 100.0}, temperature=2.0)
+    loop = loop_of(engine)
+    loop.add(plain)
+    (first,) = finish(loop)
+    loop.add(biased)
+    (second,) = finish(loop)
+    assert second.ids == (7,)
+    assert second.logprobs[0].top == ()
+    assert second.logprobs[0].logprob < first.logprobs[0].logprob  # type: ignore[operator]
+
+
+# ---- grammars
+
+
+class Cycle:
+    """Allows one id after another."""
+
+    def __init__(self, ids: list[int], fails_at: int = 1000) -> None:
+        self.ids, self.at, self.fails_at = ids, 0, fails_at
+
+    def mask(self) -> Any:
+        allowed = np.zeros(VOCAB, np.bool_)
+        allowed[self.ids[self.at % len(self.ids)]] = True
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        assert token_id == self.ids[self.at % len(self.ids)]
+        self.at += 1
+        if self.at == self.fails_at:
+            raise ValueError("no such state")
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_a_grammar_constrains_its_own_text_alone(engine: Engine, speculates: bool) -> None:
+    free = request(40, 20)
+    loop = loop_of(engine, speculates=speculates)
+    constrained = loop.add(dataclasses.replace(free, grammar=Cycle([3, 1, 4])))
+    broken = loop.add(dataclasses.replace(free, grammar=Cycle([3, 1, 4], fails_at=5)))
+    other = loop.add(free)
+    updates = finish(loop)
+    assert constrained.ids[40:] == ([3, 1, 4] * 7)[:20]
+    assert [other.ids[40:]] == alone(engine, [free])
+    (last,) = [u for u in updates if u.generation is broken and u.finish]
+    assert (last.finish, last.error) == ("error", "sampling failed: ValueError: no such state")
+
+
+# ---- failures
+
+
+def test_an_interrupt_amid_a_step_loses_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [request(150, 20), request(20, 20, 5)]
+    expected = alone(engine, requests)
+    loop, step, calls = loop_of(engine, speculates=True), engine.step, [0]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        logits = step(*args, **options)
+        if calls[0] % 4 == 2:
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    generations = [loop.add(r) for r in requests]
+    while not loop.is_idle:
+        try:
+            loop.step()
+        except KeyboardInterrupt:
+            loop.check_integrity()
+    assert [g.ids[g.prompt_tokens :] for g in generations] == expected
+
+
+def test_leaving_amid_a_step_waits_for_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, step = loop_of(engine), engine.step
+    going, staying = loop.add(request(20, 20)), loop.add(request(20, 20, 5))
+
+    def leaves(*args: Any, **options: Any) -> Any:
+        loop.cancel(going)
+        return step(*args, **options)
+
+    monkeypatch.setattr(engine, "step", leaves)
+    loop.step()
+    loop.check_integrity()
+    assert engine.pool.n_held == 1
+    monkeypatch.undo()
+    finish(loop)
+    assert len(staying.ids) == 40
+
+
+def test_a_rank_that_stalls_ends_every_step(shared: Path, converted: Callable[[Path, str], Path]) -> None:
+    engine = Engine(converted(shared / "golden" / "yuan-d64", "nf4"), ranks=2, timeout_seconds=0.3)
+    loop = loop_of(engine)
+    loop.add(request(20, 20))
+    loop.step()
+    engine._team.stall_next(1, 0, 1.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeFailure):
+            loop.step()
+
+
+def test_memory_that_runs_out_ends_the_only_text_with_a_sentence(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = PagePool(60, 12, 64, may_touch=lambda n: pool._touched + n <= 2)
+    monkeypatch.setattr(engine, "pool", pool)
+    loop = loop_of(engine)
+    loop.add(request(100, 100))
+    last = finish(loop)[-1]
+    assert last.finish == "error"
+    assert "memory has no room" in str(last.error)

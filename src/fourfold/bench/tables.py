@@ -34,9 +34,7 @@ def _title(result: Mapping[str, Any]) -> str:
     elif result["bench"] == "quantize":
         what = f"quantize {result['source_bytes'] / 1e9:.2f} GB of bf16 to {result['format']}"
     elif result["bench"] == "speculate":
-        what = (
-            f"drafts by {result['draft']} for {result['model']} in {result['format']}, {result['tokens']} tokens"
-        )
+        what = f"drafts by {result['draft']} for {result['model']} in {result['format']}, {result['tokens']} tokens"
     elif result["bench"] == "reduce":
         what = f"all-reduce of {result['kb']} KB, {result['reductions']} times"
     else:

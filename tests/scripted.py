@@ -15,6 +15,7 @@ from fourfold.engine import Feed
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.llm import LLM
 from fourfold.tokenizer import Tokenizer
+from fourfold.vocabulary import Vocabulary
 
 EOS, BOS, SEP = 256, 257, 258
 N_IDS, VOCAB = 259, 260  # the rest is padding of the vocabulary
@@ -41,6 +42,9 @@ class ByteBackend:
 
     def id_of(self, token: str) -> int | None:
         return {"<eos>": EOS, "<bos>": BOS, "<sep>": SEP}.get(token)
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary((*(bytes([i]) for i in range(256)), b"<eos>", b"<bos>", b"<sep>"), frozenset({EOS, BOS, SEP}))
 
 
 class ScriptedEngine:
@@ -84,9 +88,13 @@ class ScriptedEngine:
         return self.pool.new_sequence()
 
     def step(self, feeds: Ids[Feed], *, tokens: str = "few", outputs: str = "few") -> NDArray[np.float32]:
-        return np.concatenate(
-            [self._rows(feed.sequence, feed.ids)[-feed.n_logits :] for feed in feeds if feed.n_logits]
-        )
+        logits = [np.empty((0, self.config.vocab_size), np.float32)]
+        for feed in feeds:
+            rows = self._rows(feed.sequence, feed.ids)
+            logits.append(rows[len(rows) - feed.n_logits :])
+            if feed.n_logits == 0:  # the prompt goes on
+                del self._prompts[feed.sequence]
+        return np.concatenate(logits)
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         sequence.length = length

@@ -24,7 +24,10 @@ FLOORS = (
     ("config", "format", "machine", "placement"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "pipeline", "quantize", "synth", "locate"),
-    ("sampling", "tokenizer", "chat_template", "kvcache", "request", "generation", "scheduler", "speculate"),
+    (
+        *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
+        *("request", "generation", "scheduler", "speculate", "grammar"),
+    ),
     ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
@@ -41,7 +44,9 @@ FLOORS = (
         "cli_plan",
         "cli_profile",
         "cli_render",
+        "cli_serve",
         "cli_synth",
+        "server",
         "__init__",
     ),
 )

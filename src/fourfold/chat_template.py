@@ -14,7 +14,8 @@ from fourfold.checkpoint.source import optional_json
 from fourfold.errors import CheckpointError, UserError
 from fourfold.tokenizer import Tokenizer, token_text
 
-Message = Mapping[str, str]  # "role" and "content"
+Message = Mapping[str, Any]  # "role" and "content"; of an assistant also "tool_calls", of a tool "tool_call_id"
+FIELDS = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}  # beside role and content
 
 # Yuan 2.0: turns joined, <sep> behind the last; the published chat models and the training data differ in the joiner.
 _YUAN = """\
@@ -74,8 +75,26 @@ class ChatTemplate:
                 f"{self._name} writes {SEPARATOR}, which the model's tokenizer does not know; it is for Yuan alone"
             )
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def names(self, variable: str) -> bool:
+        """Whether the template reads a variable, such as `tools`."""
+        from jinja2.meta import find_undeclared_variables
+
+        return variable in find_undeclared_variables(_sandbox().parse(self._source))
+
+    def mentions(self, text: str) -> bool:
+        """Whether the template has this text in it."""
+        return text in self._source
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt, special tokens included: encode it with `add_special_tokens=False`.
+
+        `tools`: descriptions as OpenAI writes them, for a template that names them.
 
         Raises UserError where the template refuses the messages, or where the sandbox refuses the template.
         """
@@ -85,6 +104,7 @@ class ChatTemplate:
         try:
             template = _sandbox().compile_bounded(self._source)
             values = {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt}
+            values |= {"tools": [dict(tool) for tool in tools]} if tools else {}
             pieces = template.generate(self._tokens | values)
             return "".join(_bounded(pieces))
         except _Refused as error:
@@ -104,9 +124,11 @@ def check_messages(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"message {i} must have a 'role' and a 'content', both text")
-        if extra := sorted(set(message) - {"role", "content"}):
+        known = {"role", "content", *FIELDS.get(message["role"], ())}
+        if extra := sorted(set(message) - known):
             raise UserError(
-                f"message {i} has a field {extra[0]!r}, which is not supported; only 'role' and 'content' are"
+                f"message {i} has a field {extra[0]!r}, which is not supported; "
+                f"{message['role']!r} has {', '.join(map(repr, sorted(known, reverse=True)))}"
             )
 
 

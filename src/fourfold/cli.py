@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from fourfold import cli_bench
+from fourfold import cli_bench, cli_serve
 from fourfold.cli_options import (
     MODEL,
     Context,
@@ -56,6 +56,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_bench.app, name="bench")
+app.command()(cli_serve.serve)
 
 
 @app.callback(invoke_without_command=True)

@@ -53,10 +53,7 @@ def report(quick: bool = False, root: str = "/") -> dict[str, Any]:
 
 def _measure(machine: Machine, ranks: list[RankPlan]) -> dict[str, Any]:
     cpus = [cpu for rank in ranks for cpu in rank.cpus]
-    last_level = max((cache.level for cache in machine.caches), default=0)
-    last_level_bytes = sum(len(cache.sharers) * cache.bytes for cache in machine.caches if cache.level == last_level)
-    # Four times the last-level caches, so that none of it is found there again; never more than the machine can spare.
-    n_bytes = min(max(2_000_000_000, 4 * last_level_bytes), machine.available_bytes // 4)
+    n_bytes = _measuring_bytes(machine)
     measured_apart = ranks if len(ranks) > 1 else []
     try:
         return {
@@ -68,6 +65,22 @@ def _measure(machine: Machine, ranks: list[RankPlan]) -> dict[str, Any]:
         }
     except RuntimeError as error:  # a probe whose result was wrong
         raise RuntimeFailure(str(error)) from None
+
+
+def read_rate(machine: Machine, ranks: list[RankPlan]) -> float:
+    """GB/s at which the ranks' cores read memory, measured now, which takes some seconds. Raises RuntimeFailure."""
+    cpus = [cpu for rank in ranks for cpu in rank.cpus]
+    try:
+        return float(_core.measure_read_bandwidth(cpus, _measuring_bytes(machine))["best_gb_s"])
+    except RuntimeError as error:
+        raise RuntimeFailure(str(error)) from None
+
+
+def _measuring_bytes(machine: Machine) -> int:
+    """Four times the last-level caches, so that nothing is found there again; never more than the machine can spare."""
+    last_level = max((cache.level for cache in machine.caches), default=0)
+    last_level_bytes = sum(len(cache.sharers) * cache.bytes for cache in machine.caches if cache.level == last_level)
+    return min(max(2_000_000_000, 4 * last_level_bytes), machine.available_bytes // 4)
 
 
 def _disk() -> dict[str, Any] | None:

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from fourfold.checkpoint.source import optional_json
 from fourfold.errors import CheckpointError, UserError
+from fourfold.vocabulary import SPACE, Vocabulary, from_pieces, of_library
 
 # Yuan 2.0 adds these to its SentencePiece model in this order; those that the model lacks get the ids after its last.
 YUAN_EOS = "<eod>"
@@ -21,7 +23,6 @@ YUAN_SPECIALS = (
     *("<commit_before>", "<commit_msg>", "<commit_after>"),
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
-SPACE = "▁"  # SentencePiece's space
 REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8 decode to
 
 
@@ -90,6 +91,11 @@ class Tokenizer:
     def id_of(self, token: str) -> int | None:
         """The id of the token that is written so; None where there is none."""
         return self._backend.id_of(token)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every id; made when it is first asked for, in a fraction of a second."""
+        return self._backend.vocabulary()
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for ids that arrive one at a time, and whose text continues that of `after`."""
@@ -167,6 +173,7 @@ class Backend(Protocol):
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
     def id_of(self, token: str) -> int | None: ...
+    def vocabulary(self) -> Vocabulary: ...
 
 
 class _Fast:
@@ -199,6 +206,10 @@ class _Fast:
     def id_of(self, token: str) -> int | None:
         found: int | None = self._library.token_to_id(token)
         return found
+
+    def vocabulary(self) -> Vocabulary:
+        with self._sound("has a vocabulary that cannot be read"):
+            return of_library(self._library, self.vocab_size)
 
     @contextmanager
     def _sound(self, otherwise: str) -> Iterator[None]:
@@ -298,6 +309,10 @@ class _SentencePiece:
             return self._specials[token].id
         found = int(self._processor.piece_to_id(token))
         return found if self._processor.id_to_piece(found) == token else None
+
+    def vocabulary(self) -> Vocabulary:
+        pieces = {i: str(self._processor.id_to_piece(i)) for i in range(int(self._processor.get_piece_size()))}
+        return from_pieces(pieces | self._special_text, self._special_text, self.vocab_size, byte_level=False)
 
 
 def _yuan(path: Path) -> Tokenizer:

@@ -1,0 +1,139 @@
+"""What the routes share: the model's text side, the worker in front of its step loop, and the server's state."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import Request as HttpRequest
+
+from fourfold.chat_template import ChatTemplate
+from fourfold.engine import Engine
+from fourfold.errors import QueueFull, UserError
+from fourfold.grammar import Grammars, Matcher
+from fourfold.request import Request
+from fourfold.server.errors import ApiError, bad_request, too_busy, unavailable
+from fourfold.server.limits import Limits
+from fourfold.server.metrics import Metrics
+from fourfold.server.worker import Job, JobFailed, Worker
+from fourfold.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+TEXT_THREADS = 4  # that render templates, tokenize and compile grammars beside the event loop
+
+
+@dataclass
+class Service:
+    """One model as the routes see it."""
+
+    name: str  # by which clients ask for it
+    engine: Engine  # which steps in the worker's thread; here only facts about it are read
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    limits: Limits
+    metrics: Metrics
+    worker: Worker
+    is_ready: bool = False  # warmed up
+    is_draining: bool = False  # no new requests
+    n_requests: int = 0  # to the model, under way
+    created: int = field(default_factory=lambda: int(time.time()))
+    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "texts"))
+
+    @property
+    def context(self) -> int:
+        """Positions of a text: prompt and answer together."""
+        return self.engine.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.engine.config.vocab_size
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """What the engine says of itself."""
+        return self.engine.describe()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with whatever changes the bits of answers: the version, the weights' form, the kernels."""
+        import fourfold
+
+        what = {name: self.facts.get(name) for name in ("model_type", "format", "kv", "isa", "ranks", "kernels_decode")}
+        text = json.dumps([fourfold.__version__, self.name, what], sort_keys=True, default=str)
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Takes a second where it is first asked for: warm-up does."""
+        return Grammars(self.tokenizer, self.vocab_size)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return self.is_ready and not self.is_draining and self.worker.failure is None
+
+    def check_model(self, name: str) -> None:
+        """Raises a 404 for a model that is not this one."""
+        if name != self.name:
+            shown = name.encode(errors="backslashreplace").decode()[:200]
+            raise ApiError(
+                404, f"there is no model {shown!r} here; this server has {self.name!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Work on texts, beside the event loop. A UserError becomes a 400."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self.texts, lambda: function(*args, **kwargs))
+        except UserError as error:
+            raise bad_request(str(error)) from None
+
+    async def submit(self, requests: Sequence[Request]) -> Job:
+        """To the step loop. Raises a 400 for what can never run, 429 where the queue is full, 503 at the end."""
+        try:
+            return await self.worker.submit(requests)
+        except QueueFull as error:
+            raise too_busy(str(error)) from None
+        except UserError as error:
+            raise bad_request(str(error)) from None
+        except JobFailed as error:
+            raise unavailable(str(error)) from None
+
+    def failure(self, job: Job, error: JobFailed) -> ApiError:
+        """What ended a job, as its client is to see it: a form that could not be followed is the client's own."""
+        forms = (request.grammar for request in job.requests)
+        ours = self.worker.failure or not any(isinstance(form, Matcher) and form.error for form in forms)
+        return ApiError(500 if ours else 400, str(error))
+
+    def room(self, prompt: Sequence[int], what: str) -> int:
+        """Tokens that the context has room for behind a prompt. Raises a 400 where it is empty or too long."""
+        if not prompt:
+            raise bad_request(f"{what} is empty; send at least one token", what)
+        if len(prompt) > self.context:
+            raise bad_request(
+                f"{what} has {len(prompt)} tokens, and this model's context is {self.context}; shorten it",
+                what,
+                "context_length_exceeded",
+            )
+        return self.context - len(prompt) + 1  # the last token takes no position
+
+
+def service_of(http: HttpRequest) -> Service:
+    """The service of the application that a request came to."""
+    service: Service = http.app.state.service
+    return service
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

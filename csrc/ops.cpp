@@ -46,10 +46,6 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     if (m == 0) return;
     const Packed packed = pack(p, worker, step, m);
-<<<<<<< HEAD
-=======
-    const uint8_t* const after = next ? next->first_read(p, worker) : nullptr;
->>>>>>> f40a2393f5caeb589b70b2ed7f68ada2f436a101
     struct Share {
         const Program::LinearPart* part;
         size_t begin, end;
@@ -85,18 +81,11 @@ void LinearOp::each_share(Program& p, const Worker& worker, F f) const {
     }
 }
 
-<<<<<<< HEAD
 std::span<const uint8_t> LinearOp::first_read(Program& p, const Worker& worker) const {
     std::span<const uint8_t> first;
     each_share(p, worker, [&](const Program::LinearPart& part, size_t begin, size_t end, const uint8_t* panels) {
         const Weight& w = Ops::weight(p, part.weight);
         if (first.empty()) first = {panels, (end - begin) * panel_bytes(w.format, w.slice(worker.rank).k_tiles)};
-=======
-const uint8_t* LinearOp::first_read(Program& p, const Worker& worker) const {
-    const uint8_t* first = nullptr;
-    each_share(p, worker, [&](const Program::LinearPart&, size_t begin, size_t end, const uint8_t* panels) {
-        if (!first && begin < end) first = panels;
->>>>>>> f40a2393f5caeb589b70b2ed7f68ada2f436a101
     });
     return first;
 }

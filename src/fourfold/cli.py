@@ -246,6 +246,10 @@ def evaluate(
     model: Model,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
     ids: Annotated[Path | None, typer.Option(help="A .npy file of ids, in place of a text.")] = None,
+    lambada: Annotated[
+        Path | None, typer.Option(help="Passages whose last words are to be guessed: a JSON object with `text` a line.")
+    ] = None,
+    passages: Annotated[int | None, typer.Option(help="Guess in the first of the passages only.")] = None,
     against: Annotated[str | None, typer.Option(help="A model to compare with, token by token.")] = None,
     against_format: Annotated[str | None, typer.Option(help="Its format.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens a window. [default: 512]", show_default=False)] = None,
@@ -258,7 +262,7 @@ def evaluate(
     weights: Weights = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of a text; with --against also KL divergence and top-1 agreement."""
+    """Perplexity of a text, with --against also KL divergence and top-1 agreement; or LAMBADA's last words."""
     options = dict(locals())
     from fourfold import cli_evaluate
     from fourfold.cli_render import render_facts

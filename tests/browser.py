@@ -47,6 +47,7 @@ def chromium() -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options=options, service=Service(executable_path=shutil.which(DRIVER)))
+    driver.set_script_timeout(110)  # on a machine that stands still; below what selenium gives its own connection
     try:
         yield driver
     finally:

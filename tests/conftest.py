@@ -96,7 +96,6 @@ def page(driver: Any, chat: FakeChat) -> Iterator[Page]:
 
     page = Page(driver, chat.url)
     yield page
-    driver.get("about:blank")
     page.emulate("Emulation.setEmulatedMedia", features=[])
     page.emulate("Emulation.clearDeviceMetricsOverride")
     assert page.complaints() == []

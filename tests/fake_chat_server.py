@@ -1,4 +1,4 @@
-"""A server for tests of the page: its files under a strict policy, and answers that a test writes out in advance."""
+"""A server for tests of the page: its files as fourfold serves them, and answers that a test writes out in advance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from fourfold.server.page import HEADERS, TYPES
+
 STATIC = Path(__file__).parents[1] / "src" / "fourfold" / "server" / "static"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-IDLE = {"tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0, "memory_share": 0.0, "running": 0, "waiting": 0}
+IDLE = {"tokens_per_second": 0.0, "prompt_tokens_per_second": 0.0, "bandwidth_share": 0.0, "running": 0, "waiting": 0}
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "/" in name or not file.is_file():
             self._send(404, b"{}", "application/json")
         else:
-            self._send(200, file.read_bytes(), TYPES[file.suffix], {"Content-Security-Policy": POLICY})
+            self._send(200, file.read_bytes(), TYPES[file.suffix], dict(HEADERS))
 
     def do_POST(self) -> None:
         chat = self.server_of

@@ -12,7 +12,7 @@ from typing import Any
 HOW = sys.argv[1]
 sys.path.insert(0, sys.argv[2])
 
-from serve import serve  # noqa: E402
+from orders import serve  # noqa: E402
 
 
 class Fake:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from fourfold import LLM, SamplingParams
 from fourfold.chat_template import ChatTemplate
+from fourfold.checkpoint import open_source
 from fourfold.errors import CheckpointError, UserError
+from fourfold.quantize import convert
 from fourfold.tokenizer import Tokenizer
 from scripted import BOS, EOS, N_IDS, SEP, VOCAB, ScriptedEngine, scripted_llm
 
@@ -55,6 +58,60 @@ def test_a_stream_that_is_closed_is_cancelled_and_frees_its_sequence() -> None:
     stream.close()
     assert engine.live == set()
     assert (stream.completion.text, stream.completion.finish_reason) == ("a", "cancelled")
+
+
+def test_streams_that_are_read_in_turn_share_steps() -> None:
+    llm, engine = scripted_llm("abcd<eos>")
+    first, second = llm.stream("x"), llm.stream("yy")
+    read = [next(first), next(second), next(first), next(second)]
+    assert read == ["a", "a", "b", "b"]
+    assert [*first, *second] == ["c", "d", "c", "d"]
+    assert first.completion.finish_reason == second.completion.finish_reason == "stop"
+    assert engine.live == set()
+
+
+def test_a_stream_that_nobody_holds_any_more_gives_its_pages_back() -> None:
+    llm, engine = scripted_llm("abc<eos>")
+    next(llm.stream("x"))
+    gc.collect()
+    assert engine.live == set()
+    assert llm.generate("x")[0].text == "abc"
+
+
+def test_more_texts_than_there_is_room_for_take_turns() -> None:
+    llm, engine = scripted_llm("abc<eos>")
+    prompts = [[n] * n for n in range(1, 8)]
+    completions = llm.generate(prompts)
+    assert [c.prompt_tokens for c in completions] == [*range(1, 8)]
+    assert {c.text for c in completions} == {"abc"}
+    assert engine.live == set()
+
+
+def test_one_text_that_cannot_be_continued_ends_none_of_the_others() -> None:
+    llm, engine = scripted_llm("abc<eos>")
+    with pytest.raises(UserError, match="the prompt is empty"):
+        llm.generate(["x", []])
+    assert engine.live == set()
+    assert llm.generate("x")[0].text == "abc"
+
+
+def test_nothing_may_be_asked_for() -> None:
+    llm, _ = scripted_llm("abc<eos>")
+    completion = llm.generate("x", SamplingParams(max_tokens=0))[0]
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), "length")
+
+
+def test_a_draft_model_changes_no_text(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    source, params = shared / "stories15M", SamplingParams(max_tokens=40)
+    with LLM(source, format="int8") as llm:
+        expected = llm.generate("Once upon a time", params)[0].token_ids
+    with open_source(source) as checkpoint:
+        convert(checkpoint, tmp_path / "small", "nf4")
+    with LLM(source, format="int8", draft=tmp_path / "small") as llm:
+        assert llm.generate("Once upon a time", params)[0].token_ids == expected
+    with pytest.raises(UserError, match="can only be helped by one that has none"):
+        LLM(source, format="int8", draft=shared / "stories260K")
 
 
 def test_chat_renders_the_template_and_adds_no_special_tokens() -> None:

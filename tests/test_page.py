@@ -29,7 +29,7 @@ HOSTILE = """<script>document.title = 'taken'</script>
 def test_an_answer_is_seen_while_it_comes(page: Page, chat: FakeChat) -> None:
     more = threading.Event()
     chat.answers = [["One, ", "**two**", more, ", three."]]
-    chat.stats |= {"tokens_per_second": 38.24, "memory_share": 0.71, "running": 1}
+    chat.stats |= {"tokens_per_second": 38.24, "bandwidth_share": 0.71, "running": 1}
     page.ask("Count.")
     page.wait(lambda: page.answer == "One, two")
     assert page.script("return document.querySelector('[data-role=assistant] strong').innerText") == "two"
@@ -63,7 +63,7 @@ def test_stopping_keeps_what_came_and_hangs_up(page: Page, chat: FakeChat, how: 
     page.wait(lambda: page.is_done)
     assert chat.hung_up.wait(5)
     assert page.answer == "The beginning"
-    assert page.text(".status").startswith("Stopped. · ≈ 1")
+    assert page.text(".status").startswith("Stopped · ≈ 1")
     page.button("Retry").click()
     page.wait(lambda: page.answer == "All of it.")
     assert chat.requests[1][1]["messages"] == chat.requests[0][1]["messages"]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +44,11 @@ class Process:
 
 
 @contextmanager
-def serving(*flags: str, model: str = "smollm2", key: str = "") -> Iterator[Process]:
+def serving(*flags: str, key: str = "", command: Sequence[str] = SERVE) -> Iterator[Process]:
     """A server on a free port, until it is ready."""
     environment = {**os.environ, "FOURFOLD_API_KEY": key}
-    command = [
-        *SERVE,
-        model,
-        "--port=0",
-        "--no-measure",
-        "--log-format=json",
-        *flags,
-    ]
-    popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    words = [*command, "smollm2", "--port=0", "--no-measure", "--log-format=json", *flags]
+    popen = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     assert popen.stderr is not None
     log: list[dict[str, Any]] = []
     try:
@@ -254,23 +247,42 @@ def fails(*arguments: str, **environment: str) -> str:
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
+    """The rest of them, faster, in test_server_parts."""
     config = tmp_path / "serve.toml"
     config.write_text('hots = "0.0.0.0"\n')
     assert fails(f"--config={config}") == (
         f"{config} has a key 'hots', which is no option of `fourfold serve`; its --help lists them"
     )
-    config.write_text('port = "80"\n')
-    assert "port cannot be '80': Input should be a valid integer" in fails("smollm2", f"--config={config}")
-    config.write_text("port = \n")
-    assert f"{config} is not valid TOML" in fails("smollm2", f"--config={config}")
-    assert "there is no model to serve; name one" in fails()
-    assert "port cannot be 99999" in fails("smollm2", "--port=99999")
     assert "an API key must have at least 16 printable ASCII characters" in fails("smollm2", FOURFOLD_API_KEY="short")
-    keys = tmp_path / "keys"
-    keys.write_text("# none\n")
-    assert f"{keys} has no key in it" in fails("smollm2", f"--api-key-file={keys}")
-    assert "there is no chat template 'x'" in fails("smollm2", "--chat-template=x")
     assert "host.invalid port 8000 cannot be listened at" in fails("smollm2", "--host=host.invalid")
+
+
+BREAKING = """
+import os, sys
+from fourfold.errors import RuntimeFailure
+from fourfold.steploop import StepLoop
+step = StepLoop.step
+def breaking(self):
+    if os.path.exists(sys.argv[1]):
+        raise RuntimeFailure("rank 1 did not arrive")
+    return step(self)
+StepLoop.step = breaking
+from fourfold.cli import main
+main(["serve", *sys.argv[2:]])
+"""
+
+
+def test_a_model_that_fails_ends_its_requests_and_the_process(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    with serving("--context=1024", command=(sys.executable, "-c", BREAKING, str(broken))) as process:
+        stream = process.client.chat.completions.create(model="smollm2", messages=ASK, max_tokens=900, stream=True)
+        next(iter(stream))
+        broken.touch()
+        with pytest.raises(openai.APIError, match="the model has stopped: rank 1 did not arrive"):
+            list(stream)
+        assert process.popen.wait(100) == 1
+        assert process.popen.stderr is not None
+        assert process.popen.stderr.read().endswith("fourfold: the model has stopped: rank 1 did not arrive\n")
 
 
 def test_without_its_libraries_it_says_what_to_install() -> None:

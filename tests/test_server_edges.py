@@ -214,7 +214,7 @@ def test_figures() -> None:
         server.running._service.metrics.sample()
         stats = server.http.get("/stats").json()
         assert stats["tokens_per_second"] > 0
-        assert stats["bandwidth_share"] == stats["read_gb_s"]  # of 1 GB/s
+        assert stats["memory_share"] == stats["read_gb_s"]  # of 1 GB/s
         assert (stats["running"], stats["waiting"], stats["generated_tokens"]) == (0, 0, 11)
 
 

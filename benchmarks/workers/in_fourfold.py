@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
-from serve import Subject, pin, serve
+from orders import Subject, pin, serve
 
 THREADS = pin(sys.argv[1])
 FORMAT: Final = "nf4"

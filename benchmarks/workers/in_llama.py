@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve import pin, serve
+from orders import pin, serve
 
 THREADS = pin(sys.argv[1])
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve import Subject, pin, serve
+from orders import Subject, pin, serve
 
 THREADS = pin(sys.argv[1])
 

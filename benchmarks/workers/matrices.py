@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from serve import resident_bytes
+from orders import resident_bytes
 
 Floats = NDArray[np.float32]
 

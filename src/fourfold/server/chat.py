@@ -18,7 +18,7 @@ from fourfold.server.chat_answer import Answer
 from fourfold.server.errors import bad_request
 from fourfold.server.limits import check_count, check_depth
 from fourfold.server.protocol import AssistantMessage, ChatRequest, Content, Message, NamedToolChoice, ToolMessage
-from fourfold.server.replies import EventStream, JsonReply, closing_with_client
+from fourfold.server.replies import STREAMED, EventStream, JsonReply, closing_with_client
 from fourfold.server.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice
 from fourfold.server.sampling_fields import check_sampling, sampling_params
 from fourfold.server.service import Service, new_id, service_of
@@ -28,7 +28,9 @@ from fourfold.server.worker import Job, JobFailed
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True)
+@router.post(
+    "/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=True, responses=STREAMED
+)
 async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Response:
     """Answer a conversation, or call a function."""
     service = service_of(http)

@@ -16,7 +16,7 @@ from fourfold.server.errors import bad_request
 from fourfold.server.limits import check_count
 from fourfold.server.logprobs import CompletionScores
 from fourfold.server.protocol import CompletionRequest
-from fourfold.server.replies import EventStream, JsonReply, closing_with_client
+from fourfold.server.replies import STREAMED, EventStream, JsonReply, closing_with_client
 from fourfold.server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReason
 from fourfold.server.sampling_fields import check_sampling, sampling_params
 from fourfold.server.service import Service, new_id, service_of
@@ -34,7 +34,7 @@ class _Prompt:
     ids: tuple[int, ...]
 
 
-@router.post("/v1/completions", response_model=Completion, response_model_exclude_unset=True)
+@router.post("/v1/completions", response_model=Completion, response_model_exclude_unset=True, responses=STREAMED)
 async def create_completion(body: CompletionRequest, http: HttpRequest) -> Response:
     """Continue one prompt or several."""
     service = service_of(http)

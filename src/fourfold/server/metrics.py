@@ -93,7 +93,7 @@ class Metrics:
             "prompt_tokens_per_second": (after.tokens_prompt - before.tokens_prompt) / seconds,
             "read_gb_s": read,  # while the model steps
             "read_limit_gb_s": self.read_gb_s,
-            "bandwidth_share": read / self.read_gb_s if self.read_gb_s else None,
+            "memory_share": read / self.read_gb_s if self.read_gb_s else None,
             **{name: getattr(latest, field) for name, field, _ in (*_GAUGES, *_COUNTERS)},
             "pages": {state: getattr(latest, field) for state, field in _PAGES},
         }
@@ -115,7 +115,7 @@ class _StepStats(Collector):
         for state, field in _PAGES:
             pages.add_metric([state], getattr(stats, field))
         yield pages
-        if (share := now["bandwidth_share"]) is not None:
+        if (share := now["memory_share"]) is not None:
             yield GaugeMetricFamily(
                 "fourfold_memory_bandwidth_share", "Bytes read a second of steps, of what the machine gives.", share
             )

@@ -1,8 +1,8 @@
 """What clients may send: OpenAI's requests, field by field.
 
-A field that is not listed is refused by name. `top_k`, `min_p` and `repetition_penalty` are fourfold's own. Fields that
-are listed but do nothing (`user`, `metadata`, `store` = false, ...) say nothing about the answer in OpenAI's own
-interface either. Ranges that OpenAI fixes stand here; those that an administrator sets are in `limits`.
+A field that is not listed is refused by name. `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are fourfold's
+own. Fields that are listed but do nothing (`user`, `metadata`, `store` = false, ...) say nothing about the answer in
+OpenAI's own interface either. Ranges that OpenAI fixes stand here; those that an administrator sets are in `limits`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class SamplingFields(Strict):
         None, ge=0, le=1, description="fourfold's own: among tokens at least this fraction as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, description="fourfold's own: above 1, tokens that were there become less likely."
+        None, ge=0.01, le=100, description="fourfold's own: above 1, tokens that were there become less likely."
     )
+    ignore_eos: bool | None = Field(None, description="fourfold's own: go on to max_tokens, for measurements.")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> SamplingFields:

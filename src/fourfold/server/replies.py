@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
@@ -13,6 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from fourfold.server.errors import ApiError
 from fourfold.server.worker import Job, JobFailed
+
+# For the OpenAPI document, beside the JSON: the same answer as events, each an object of OpenAI's behind "data: ".
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 async def send_error(scope: Scope, receive: Receive, send: Send, error: ApiError) -> None:

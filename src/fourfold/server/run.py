@@ -22,7 +22,7 @@ from fourfold.server.metrics import SAMPLE_SECONDS
 from fourfold.server.service import Service
 
 ENDING_SECONDS = 5.0  # that connections may take to close once their requests have ended
-FAILING_SECONDS = 15.0  # after which a process whose model has failed is ended by force
+FORCED_END_SECONDS = 15.0  # after its model has failed: threads of a broken team might never end
 WARM_TOKENS = 4
 
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run(service: Service, app: FastAPI, listener: socket.socket, drain_seconds: 
 
     Raises RuntimeFailure where the model fails.
     """
-    running = Running(service, app, drain_seconds)
+    running = Running(service, app, drain_seconds, forced_end_seconds=FORCED_END_SECONDS)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -71,8 +71,11 @@ class _Server(uvicorn.Server):
 class Running:
     """A server in one event loop, from its warm-up to its end."""
 
-    def __init__(self, service: Service, app: FastAPI, drain_seconds: float) -> None:
-        self._service, self._drain_seconds = service, drain_seconds
+    def __init__(
+        self, service: Service, app: FastAPI, drain_seconds: float, forced_end_seconds: float | None = None
+    ) -> None:
+        """`forced_end_seconds`: after a failure of the model the process does not live longer, whatever hangs."""
+        self._service, self._drain_seconds, self._forced_end = service, drain_seconds, forced_end_seconds
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -151,8 +154,9 @@ class Running:
 
     def _on_failure(self, sentence: str) -> None:
         """Every request has been told; once their replies are out, the process ends."""
-        watchdog = threading.Timer(FAILING_SECONDS, os._exit, (1,))
-        watchdog.daemon = True
-        watchdog.start()
+        if self._forced_end is not None:
+            watchdog = threading.Timer(self._forced_end, os._exit, (1,))
+            watchdog.daemon = True
+            watchdog.start()
         self._drain_seconds = ENDING_SECONDS
         self._start(self._drain())

@@ -33,6 +33,7 @@ def sampling_params(body: SamplingFields, index: int, max_tokens: int, logprobs:
         "top_k": body.top_k,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
+        "ignore_eos": body.ignore_eos,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
         "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()},

@@ -50,7 +50,7 @@ async function json(path, key) {
 export const models = async (key) => (await json("v1/models", key)).data.map((model) => String(model.id));
 
 /**
- * What the server is doing: {tokens_per_second, prompt_tokens_per_second, memory_share, running, waiting}, the share being
+ * What the server is doing: {tokens_per_second, prompt_tokens_per_second, bandwidth_share, running, waiting}, the share being
  * of the machine's memory bandwidth, 0..1, or null where that was not measured.
  */
 export const stats = (key) => json("stats", key);

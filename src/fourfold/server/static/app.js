@@ -8,7 +8,7 @@ import { Settings } from "./settings.js";
 import { choose, chosen, keep, kept, keptMessages } from "./store.js";
 import { language, say, translate } from "./strings.js";
 
-const KEEP_EVERY_MS = 1000;
+const EVERY_MS = 1000; // while an answer comes: its status, the meter, and what is kept
 const SHARE_OF_TIME = 6; // drawing waits this many times as long as it took: a long answer leaves the page its time
 const NEAR_END_PX = 48;
 
@@ -81,7 +81,9 @@ function follow() {
   else find("to-end").hidden = false;
 }
 
+/** As high as its lines are: browsers that can do so by themselves (page.css) are left alone. */
 function fitDraft() {
+  if (CSS.supports("field-sizing", "content")) return;
   draft.style.height = "auto";
   draft.style.height = `${draft.scrollHeight}px`;
 }
@@ -145,7 +147,8 @@ async function run() {
   const clock = setInterval(() => {
     view.updateStatus();
     keepMessages();
-  }, KEEP_EVERY_MS);
+    meter.ask();
+  }, EVERY_MS);
   if (!settings.model) await learnModels();
   const body = {
     model: settings.model,

@@ -40,11 +40,11 @@ export class Meter {
     const [meter, speed, share, shareText, gauge, queue] = PARTS.map(this.find);
     const { latest } = this;
     const isBusy = Boolean(latest && (latest.running || latest.waiting));
-    const percent = Math.round(100 * (latest?.memory_share ?? 0));
+    const percent = Math.round(100 * (latest?.bandwidth_share ?? 0));
     meter.hidden = !latest && this.kind !== "Unreachable"; // without a key the server's work is nobody's business
     meter.dataset.state = latest ? (isBusy ? "busy" : "idle") : "away";
     speed.textContent = isBusy ? speedText(latest) : say(latest ? "idle" : "offline");
-    share.hidden = !isBusy || latest.memory_share === null; // null: the machine's bandwidth was not measured
+    share.hidden = !isBusy || latest.bandwidth_share === null; // null: the machine's bandwidth was not measured
     shareText.textContent = say("share", { percent: number(percent) });
     gauge.style.width = `${Math.min(100, percent)}%`;
     queue.hidden = !isBusy;

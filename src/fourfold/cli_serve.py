@@ -41,8 +41,6 @@ def serve(
     max_wait_seconds: Annotated[
         Seconds, typer.Option(help="After which a text that waits fails (default: 600).")
     ] = None,
-        Seconds, typer.Option(help="After which a text that waits fails (default: 600).")
-    ] = None,
     prompt_chunk: Annotated[Count, typer.Option(help="Tokens of prompts a step, at most (default: 512).")] = None,
     stall_seconds: Annotated[
         Seconds, typer.Option(help="That others' tokens may wait for a prompt's step (default: 0.25).")

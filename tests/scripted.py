@@ -139,6 +139,17 @@ class ScriptedEngine:
         return {"format": "nf4", "isa": "scalar", "ranks": 1, "threads": 2, "bytes_per_token": 1000}
 
 
+class FixedEngine(ScriptedEngine):
+    """The same distribution at every position."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        super().__init__([], context=100)
+        self.row = logits
+
+    def logits(self, ids: Ids[int]) -> NDArray[np.float32]:
+        return np.tile(self.row, (len(ids), 1))
+
+
 def byte_tokenizer() -> Tokenizer:
     return Tokenizer(ByteBackend(), bos_id=BOS, eos_ids=(EOS,))
 
@@ -148,3 +159,8 @@ def scripted_llm(answer: str, *, template: str | None = TEMPLATE, **options: Any
     engine = ScriptedEngine(ByteBackend().encode(answer, False), **options)
     chosen = None if template is None else ChatTemplate(template)
     return LLM._from_parts(engine, byte_tokenizer(), chosen), engine  # type: ignore[arg-type]
+
+
+def fixed_llm(logits: NDArray[np.float32]) -> LLM:
+    """A model that thinks the same at every position."""
+    return LLM._from_parts(FixedEngine(logits), byte_tokenizer(), None)  # type: ignore[arg-type]

@@ -138,10 +138,13 @@ def test_sampling_options_reach_the_sampler(run: Run, answers: Callable[..., Non
         ),
         (("chat", "/no/such/model", "--chat-template", "yuan"), "there is no chat template 'yuan'"),
         (("quantize", ".", "/x", "--tokenizer", "/no/such/place"), "/no/such/place has neither tokenizer.json nor"),
-        (("eval", "smollm2"), "give either --text FILE or --ids FILE.npy"),
+        (("eval", "smollm2"), "give one of --text FILE, --ids FILE.npy and --lambada FILE.jsonl"),
         (("eval", "smollm2", "--text", "/no/such/file"), "cannot be read as UTF-8 text"),
         (("eval", "smollm2", "--ids", __file__), "cannot be read as a .npy file"),
         (("eval", "smollm2", "--text", __file__, "--against-format", "f32"), "name that with --against"),
+        (("eval", "smollm2", "--text", __file__, "--passages", "2"), "--passages is for --lambada"),
+        (("eval", "smollm2", "--lambada", __file__, "--max-tokens", "9"), "--max-tokens is for --text and --ids"),
+        (("eval", "smollm2", "--lambada", __file__), "is no JSON object with a text"),
         (("run", "-p", "x", "--raw", "--chat-template", "yuan-n"), "--raw leaves the chat template out"),
         (("run", "-p", "x", "--ranks", "99999999999999999999"), "ranks must be a whole number from 1 to 2147483647"),
         (("run", "a" * 5000, "-p", "x"), "cannot be used: File name too long"),
@@ -197,6 +200,7 @@ def test_help_and_version(run: Run) -> None:
         status, out, err = run(*arguments)
         assert (status, err) == (0, "")
         assert "Usage" in out
+    assert "(default: 512)" in " ".join(run("run", "--help")[1].replace("│", "").split())  # no markup that vanishes
     assert run("--version")[1].startswith("fourfold 0.")
 
 

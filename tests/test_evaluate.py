@@ -6,31 +6,14 @@ import math
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from fourfold.errors import UserError
 from fourfold.evaluate import evaluate
-from fourfold.llm import LLM
-from scripted import VOCAB, ScriptedEngine, byte_tokenizer, scripted_llm
-
-
-class FixedEngine(ScriptedEngine):
-    """The same distribution at every position."""
-
-    def __init__(self, logits: NDArray[np.float32]) -> None:
-        super().__init__([], context=100)
-        self.row = logits
-
-    def logits(self, ids: object) -> NDArray[np.float32]:
-        return np.tile(self.row, (len(ids), 1))  # type: ignore[arg-type]
-
-
-def fixed(logits: NDArray[np.float32]) -> LLM:
-    return LLM._from_parts(FixedEngine(logits), byte_tokenizer(), None)  # type: ignore[arg-type]
+from scripted import VOCAB, fixed_llm, scripted_llm
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity() -> None:
-    result = evaluate(fixed(np.zeros(VOCAB, np.float32)), text="a" * 150)
+    result = evaluate(fixed_llm(np.zeros(VOCAB, np.float32)), text="a" * 150)
     assert result["perplexity"] == pytest.approx(VOCAB)
     assert (result["window"], result["tokens"]) == (100, 149)  # <bos> and 150 bytes in two windows
 
@@ -40,7 +23,7 @@ def test_divergence_from_a_reference_is_what_the_formula_says() -> None:
     p[7], q[9] = 3, 2
     prob_p, prob_q = (np.exp(x.astype(float)) / np.exp(x.astype(float)).sum() for x in (p, q))
     heard: list[tuple[int, int]] = []
-    result = evaluate(fixed(q), ids=[7] * 41, against=fixed(p), window=10, report=lambda *n: heard.append(n))
+    result = evaluate(fixed_llm(q), ids=[7] * 41, against=fixed_llm(p), window=10, report=lambda *n: heard.append(n))
     assert result["kl_mean"] == pytest.approx(float((prob_p * np.log(prob_p / prob_q)).sum()))
     assert result["kl_max"] == pytest.approx(result["kl_mean"])
     assert result["top1_agreement"] == 0
@@ -48,7 +31,7 @@ def test_divergence_from_a_reference_is_what_the_formula_says() -> None:
     assert result["nll"] == pytest.approx(-math.log(prob_q[7]))
     assert result["tokens"] == 36  # four windows of ten; the last one, of one token, predicts nothing
     assert heard[-1] == (40, 41)
-    same = evaluate(fixed(p), ids=[7] * 41, against=fixed(p))
+    same = evaluate(fixed_llm(p), ids=[7] * 41, against=fixed_llm(p))
     assert (same["kl_mean"], same["top1_agreement"]) == (0, 1)
 
 

@@ -33,6 +33,7 @@ FLOORS = (
         "llm",
         "progress",
         "evaluate",
+        "lambada",
         "plan",
         "bench",
         "doctor",

@@ -78,28 +78,46 @@ def test_a_text_that_has_ended_is_forgotten() -> None:
 # ---- how much
 
 
-@given(st.floats(1e-4, 1e-1), st.floats(1e-5, 1e-2), st.lists(st.integers(1, 64), min_size=2, max_size=40))
-def test_the_cost_of_a_row_is_found(fixed: float, row: float, sizes: list[int]) -> None:
+def test_the_cost_of_a_step_is_what_was_measured_and_straight_lines_between() -> None:
     cost = StepCost()
-    for rows in sizes * 3:
-        cost.observe(rows, fixed + row * rows)
-    found_fixed, found_row = cost.line()
-    assert found_row > 0
-    assert found_fixed >= 0
-    if len(set(sizes)) > 1 and np.var(sizes) > 1 and row > 0.02 * (fixed + row * max(sizes)):
-        assert found_row == pytest.approx(row, rel=0.05)
-        assert found_fixed == pytest.approx(fixed, rel=0.3, abs=3 * row)
+    assert cost.seconds(3) == pytest.approx(1.5)
+    cost.observe(2, 10.0)
+    assert cost.seconds(2) == 10.0
+    assert cost.seconds(6) == pytest.approx(10 + 4 * 0.25 * 8)
+    assert cost.seconds(1) == pytest.approx(8)
+    cost.observe(6, 30.0)
+    assert cost.seconds(3) == pytest.approx(15)
+    assert cost.seconds(7) > 30
+    cost.observe(6, 20.0)
+    assert 20 < cost.seconds(6) < 30
 
 
-def counts(acceptances: list[float], *, row: float, room: int = 15, n_rows: int = 0) -> list[int]:
-    """Drafts for texts of these acceptances where a step costs 1 and a row `row` besides."""
-    drafts = Speculation(PromptLookup(), 15)
-    for rows in (1, 2, 8, 16):
-        drafts.observe(rows, 1 + row * rows)
+def test_a_cost_that_was_not_measured_for_long_is_forgotten() -> None:
+    cost = StepCost()
+    cost.observe(4, 100.0)  # the machine was busy
+    for _ in range(StepCost.MEMORY + 1):
+        cost.observe(1, 1.0)
+    assert cost.seconds(4) < 2
+
+
+def counts(acceptances: list[float], *, row: float = 0.1, room: int = 15, seconds: Sequence[float] = ()) -> list[int]:
+    """Drafts for texts of these acceptances. A step costs 1 and `row` for each row, or `seconds` by rows."""
+    cost = StepCost()
+    for rows, measured in enumerate(seconds or [1 + row * rows for rows in range(1, 100)], 1):
+        cost.observe(rows, measured)
+    drafts = Speculation(PromptLookup(), 15, cost)
     texts = [text([1]) for _ in acceptances]
     for g, acceptance in zip(texts, acceptances, strict=True):
         drafts._record(g).acceptance = acceptance
-    return drafts._counts(texts, [room] * len(texts), n_rows or len(texts), 500)
+    return drafts._counts(texts, [room] * len(texts), len(texts), 500)
+
+
+def test_blocks_of_rows_are_filled() -> None:
+    by_blocks = [1.0, 1.0, 1.6, 1.6, 2.3, 2.5, 2.7, 3.0]  # as kernels for 2, 4 and 8 rows have it
+    assert counts([0.3], seconds=by_blocks, room=7) == [1]
+    assert counts([0.8], seconds=by_blocks, room=7) == [3]
+    assert counts([0.97], seconds=by_blocks, room=7) == [7]
+    assert counts([0.97], seconds=by_blocks, room=2) == [1]
 
 
 def test_cheap_rows_and_sure_texts_are_drafted_far_dear_rows_and_wild_texts_not() -> None:
@@ -130,8 +148,8 @@ def test_the_count_is_the_best_there_is(row: float, acceptance: float) -> None:
 
 def test_a_text_that_refuses_drafts_is_left_alone_ever_longer_and_tried_again() -> None:
     drafts, g = Speculation(PromptLookup(), 4), text([1, 2, 3] * 10)
-    for rows in (1, 5) * 5:
-        drafts.observe(rows, 1 + 0.5 * rows)
+    for rows in range(1, 6):
+        drafts.observe(rows, 1 + 0.8 * rows)
     attempts = []
     for step in range(600):
         (ids,) = drafts.draft([g], [4], 1, 100)

@@ -29,6 +29,7 @@ from fourfold.request import Request, Update, check_prompt
 from fourfold.residency import WEIGHTS
 from fourfold.sampling import SamplingParams
 from fourfold.scheduler import Limits
+from fourfold.speculate import PromptLookup, StepCost
 from fourfold.tokenizer import NoTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class LLM:
         self, engine: Engine, tokenizer: Tokenizer | None, template: ChatTemplate | None, helper: DraftModel | None
     ) -> None:
         self.engine, self._tokenizer, self.chat_template, self._helper = engine, tokenizer, template, helper
+        self._step_cost = StepCost()  # what one loop learns of the engine's steps, the next one knows
         limits = Limits(max_running=engine.pool.n_slots, max_waiting=MAX_SIZE, max_wait_seconds=math.inf)
         self._desk = _Desk(self.new_loop(limits))
 
@@ -124,9 +126,9 @@ class LLM:
 
         `speculates`: with drafts, from the draft model where there is one, else from the texts themselves.
         """
-        from fourfold.steploop import StepLoop, lookup, speculation
+        from fourfold.steploop import StepLoop, speculation
 
-        drafts = None if not speculates else speculation(self._helper) if self._helper else lookup()
+        drafts = speculation(self._helper or PromptLookup(), self._step_cost) if speculates else None
         return StepLoop(self.engine, _or_ids(self.engine, self._tokenizer), limits=limits, speculation=drafts)
 
     @property

@@ -8,7 +8,7 @@ drafts were right, and what a row adds to a step. Drafts change no text (`genera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from fourfold.generation import Generation
@@ -81,29 +81,43 @@ class _Record:
     patience: int = 8  # such steps before another attempt
 
 
-@dataclass
 class StepCost:
-    """Seconds of a step as a line over its rows, fitted to what was measured, the last 50 steps or so weighing most."""
+    """Seconds of a step by its rows: what was measured lately, and between that straight lines.
 
-    decay: float = 0.98
-    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, rows, seconds, rows^2, rows * seconds
+    A table rather than a formula, because kernels take rows in blocks: four may cost what three do, and five far more.
+    """
+
+    WEIGHT, MEMORY = 0.3, 500  # of the newest measurement; steps after which one is forgotten
+    GUESS = 0.25  # of a step of one row, for each more, where nothing better is known
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._measured: dict[int, int] = {}  # at which step
+        self._n_steps = 0
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step took so long."""
-        values = (1.0, rows, seconds, rows * rows, rows * seconds)
-        self._sums = [self.decay * s + v for s, v in zip(self._sums, values, strict=True)]
+        self._n_steps += 1
+        known = self._seconds.get(rows, seconds)
+        self._seconds[rows] = known + self.WEIGHT * (seconds - known)
+        self._measured[rows] = self._n_steps
+        for old in [r for r, step in self._measured.items() if step < self._n_steps - self.MEMORY]:
+            del self._seconds[old], self._measured[old]
 
-    def line(self) -> tuple[float, float]:
-        """Seconds of a step without rows, and of a row. A row is a quarter of a step while only one size was seen."""
-        n, r, s, rr, rs = self._sums
-        if n == 0:
-            return 0.8, 0.2
-        spread = rr - r * r / n
-        if spread < 0.1 * n:  # of one size, nearly: the slope would be noise
-            one = s / n / (1 + 0.25 * max(0.0, r / n - 1))
-            return 0.8 * one, 0.2 * one
-        row = min(max((rs - r * s / n) / spread, 0.005 * s / n), s / max(r, 1.0))
-        return max(0.0, s / n - row * r / n), row
+    def seconds(self, rows: int) -> float:
+        """What a step of so many rows takes."""
+        if rows in self._seconds:
+            return self._seconds[rows]
+        below = max((r for r in self._seconds if r < rows), default=None)
+        above = min((r for r in self._seconds if r > rows), default=None)
+        if below is not None and above is not None:
+            share = (rows - below) / (above - below)
+            return (1 - share) * self._seconds[below] + share * self._seconds[above]
+        nearest = below if below is not None else above
+        if nearest is None:
+            return 1 + self.GUESS * (rows - 1)
+        one = self._seconds[nearest] / (1 + self.GUESS * (nearest - 1))
+        return self._seconds[nearest] + self.GUESS * one * (rows - nearest)
 
 
 class Speculation:
@@ -111,17 +125,23 @@ class Speculation:
 
     MOST_PATIENCE = 128
 
-    def __init__(self, proposer: Proposer, most: int) -> None:
-        """`most`: ids drafted for a text at a time, no more than the engine can go back by."""
+    def __init__(self, proposer: Proposer, most: int, cost: StepCost | None = None) -> None:
+        """`most`: ids drafted for a text at a time, no more than the engine can go back by. `cost`: as known so far."""
         self._proposer, self._most = proposer, most
-        self._cost = StepCost()
+        self._cost = cost or StepCost()
         self._typical = 0.6  # acceptance lately, of all texts: what a new one begins with
         self._records: dict[Generation, _Record] = {}
 
     def draft(self, texts: Sequence[Generation], room: Sequence[int], n_rows: int, most_rows: int) -> list[list[int]]:
         """Ids to try after each text's last. `room`: how many it could take; `n_rows`: of the step without drafts."""
-        counts = self._counts(texts, room, n_rows, most_rows)
-        drafts = self._proposer.propose(texts, counts) if any(counts) else [[] for _ in texts]
+        room = [min(n, self._most) for n in room]
+        if self._proposer.row_seconds() == 0:  # then it is known beforehand whether there is anything to propose
+            drafts = self._proposer.propose(texts, room)
+            counts = self._counts(texts, [len(drafted) for drafted in drafts], n_rows, most_rows)
+            drafts = [drafted[:n] for drafted, n in zip(drafts, counts, strict=True)]
+        else:
+            counts = self._counts(texts, room, n_rows, most_rows)
+            drafts = self._proposer.propose(texts, counts) if any(counts) else [[] for _ in texts]
         for text, drafted in zip(texts, drafts, strict=True):
             record = self._record(text)
             record.idle = 0 if drafted else record.idle + 1
@@ -148,24 +168,27 @@ class Speculation:
         return self._records.setdefault(text, _Record(self._typical))
 
     def _counts(self, texts: Sequence[Generation], room: Sequence[int], n_rows: int, most_rows: int) -> list[int]:
-        """Drafts for each text, added one by one, the most promising first, while they raise ids a second.
+        """Drafts for each text: of all numbers of rows the one that promises most ids a second.
 
-        With E ids expected of a step of T seconds, one more that is right with probability p and costs c raises E / T
-        where p / c > E / T.
+        The n-th draft of a text is of use where it and all before it are right: with its acceptance to the power of n.
+        Whatever the number of rows, they go to the drafts that are likeliest to be of use.
         """
-        fixed, row = self._cost.line()
-        expected, seconds, cost = float(len(texts)), fixed + row * n_rows, row + self._proposer.row_seconds()
-        counts = [0] * len(texts)
         records = [self._record(text) for text in texts]
-        chances = [record.acceptance for record in records]  # that the next draft and all before it are right
-        left = most_rows - n_rows
-        while left > 0:
-            i = max(range(len(texts)), key=lambda i: chances[i] if counts[i] < min(self._most, room[i]) else -1.0)
-            if counts[i] >= min(self._most, room[i]) or chances[i] * seconds <= expected * cost:
-                break
+        gains = sorted(
+            ((record.acceptance**n, i) for i, record in enumerate(records) for n in range(1, room[i] + 1)),
+            key=lambda gain: -gain[0],
+        )[: most_rows - n_rows]
+        expected = float(len(texts))
+        best, n_best = expected / self._cost.seconds(n_rows), 0
+        for n, (chance, _) in enumerate(gains, 1):
+            expected += chance
+            rate = expected / (self._cost.seconds(n_rows + n) + n * self._proposer.row_seconds())
+            if rate > best:
+                best, n_best = rate, n
+        counts = [0] * len(texts)
+        for _, i in gains[:n_best]:
             counts[i] += 1
-            expected, seconds, left = expected + chances[i], seconds + cost, left - 1
-            chances[i] *= records[i].acceptance
+        left = most_rows - n_rows - n_best
         for i, record in enumerate(records):  # or a text that begins to repeat itself would never be noticed
             if counts[i] == 0 and record.idle >= record.patience and room[i] > 0 and left > 0:
                 counts[i], left = 1, left - 1

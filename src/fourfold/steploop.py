@@ -13,7 +13,7 @@ from fourfold.generation import Generation
 from fourfold.kvcache import Sequence
 from fourfold.request import ErrorKind, Request, Update, check_prompt
 from fourfold.scheduler import Limits, Plan, Scheduler, Share
-from fourfold.speculate import PromptLookup, Proposer, Speculation
+from fourfold.speculate import PromptLookup, Proposer, Speculation, StepCost
 
 if TYPE_CHECKING:
     from fourfold.assembly import Vector
@@ -228,14 +228,14 @@ class StepLoop:
         return [_failed(g, f"no room was found for the request in {most:g} s", "waited") for g in late]
 
 
-def lookup() -> Speculation:
+def lookup(cost: StepCost | None = None) -> Speculation:
     """Drafts from the text itself."""
-    return speculation(PromptLookup())
+    return speculation(PromptLookup(), cost)
 
 
-def speculation(proposer: Proposer) -> Speculation:
-    """Drafts by a proposer, as many at a time as an engine can go back by."""
-    return Speculation(proposer, MOST_BACK)
+def speculation(proposer: Proposer, cost: StepCost | None = None) -> Speculation:
+    """Drafts by a proposer, as many at a time as an engine can go back by. `cost`: of its steps, as known so far."""
+    return Speculation(proposer, MOST_BACK, cost)
 
 
 def _failed(generation: Generation, why: str, kind: ErrorKind) -> Update:

@@ -19,6 +19,7 @@ from fourfold.errors import RuntimeFailure, UserError
 from fourfold.request import Request
 from fourfold.sampling import SamplingParams
 from fourfold.server.metrics import SAMPLE_SECONDS
+from fourfold.server.notify import READY, STOPPING, notify
 from fourfold.server.service import Service
 from fourfold.server.worker import JobFailed
 
@@ -122,6 +123,7 @@ class Running:
         finally:
             job.close()
         service.is_ready = True
+        notify(READY)
         _log.info("ready")
 
     async def _sample(self) -> None:
@@ -141,6 +143,7 @@ class Running:
             logging.shutdown()
             os._exit(1)
         self._service.is_draining = True
+        notify(STOPPING)
         _log.info("ending: %d requests are under way", self._service.n_requests)
         self._start(self._drain())
 

@@ -1,4 +1,4 @@
-"""A server among random, wrong and rude clients: it must answer, and afterwards hold nothing and say what it said before.
+"""A server among random, wrong and rude clients: afterwards it must hold nothing, and say what it said before.
 
     python benchmarks/fuzz.py                          SmolLM2, a minute
     python benchmarks/fuzz.py --seconds 3600 --seed 2
@@ -70,7 +70,8 @@ async def _storm(
     parts, stats = urlsplit(url), _stats(url)
     acts = Acts(random, (parts.hostname or "", parts.port or 80), stats["model"], stats["context"])
     before = await acts.greedy()
-    holdings = Holdings.of(pid) if pid else None
+    await acts.burst()  # threads start when they are first needed
+    holdings = await asyncio.to_thread(Holdings.at_rest, pid) if pid else None
     counts: Counter[tuple[str, str]] = Counter()
     complaints: list[str] = []
     memory: list[float] = []
@@ -114,7 +115,7 @@ def _held(url: str, pid: int | None, before: Holdings | None) -> list[str]:
         stats = _stats(url)
         held = {"running": stats["running"], "waiting": stats["waiting"], "pages": stats["pages"]["held"]}
         if pid and before:
-            now = Holdings.of(pid)
+            now = Holdings.at_rest(pid)
             held |= {"descriptors": now.descriptors - before.descriptors, "threads": now.threads - before.threads}
         if not any(count > 0 for count in held.values()):
             return []

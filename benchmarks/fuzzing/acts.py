@@ -35,7 +35,7 @@ class Acts:
             "slow": (0.5, self._slow),
             "pipelined": (0.5, self._pipelined),
             "leaving": (4, self._leaving),
-            "a burst": (0.1, self._burst),
+            "a burst": (0.1, self.burst),
         }
 
     async def one(self) -> tuple[str, list[tuple[Outcome, str | None]]]:
@@ -125,7 +125,7 @@ class Acts:
             )
         return [(outcome, _complaint(outcome, data))]
 
-    async def _burst(self) -> list[tuple[Outcome, str | None]]:
+    async def burst(self) -> list[tuple[Outcome, str | None]]:
         """More at once than the queue takes."""
         outcomes = await asyncio.gather(*(self._ask(_post(*self._small())) for _ in range(BURST)))
         return [(outcome, _complaint(outcome, b"", must_answer=True)) for outcome in outcomes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,16 +13,19 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Holdings:
-    """At one moment."""
+    """While nobody asks for anything."""
 
     descriptors: int
     threads: int
 
     @classmethod
-    def of(cls, pid: int) -> Holdings:
-        """Of a process that lives."""
-        root = Path(f"/proc/{pid}")
-        return cls(*(sum(1 for _ in (root / kind).iterdir()) for kind in ("fd", "task")))
+    def at_rest(cls, pid: int) -> Holdings:
+        """The least of two seconds: connections of a moment ago are still being closed. Of a process that lives."""
+        root, seen = Path(f"/proc/{pid}"), []
+        for _ in range(20):
+            time.sleep(0.1)
+            seen.append([sum(1 for _ in (root / kind).iterdir()) for kind in ("fd", "task")])
+        return cls(*map(min, *seen))
 
 
 def resident_mb(pid: int) -> float:

@@ -1,4 +1,4 @@
-"""One connection: bytes out as they are given, whatever they are; answers in as HTTP/1.1 demands; leaving at any point."""
+"""One connection: bytes out, whatever they are; answers in, as HTTP/1.1 demands; leaving at any point."""
 
 from __future__ import annotations
 

@@ -200,6 +200,7 @@ def test_help_and_version(run: Run) -> None:
         status, out, err = run(*arguments)
         assert (status, err) == (0, "")
         assert "Usage" in out
+    assert "(default: 512)" in " ".join(run("run", "--help")[1].replace("│", "").split())  # no markup that vanishes
     assert run("--version")[1].startswith("fourfold 0.")
 
 

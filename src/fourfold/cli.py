@@ -167,7 +167,7 @@ def synth(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     format: Format = None,
     layers: Annotated[int | None, typer.Option(help="So many layers, in place of the model's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same weights. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same weights (default: 0).")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -228,7 +228,7 @@ def plan_model(
     kv: Kv = None,
     format: Format = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Length of the prompt. [default: 512]", show_default=False)
+        int | None, typer.Option(help="Length of the prompt (default: 512).", show_default=False)
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw it: FILE.svg or FILE.png.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the machine, as measured, in a TOML file.")] = None,
@@ -252,7 +252,7 @@ def evaluate(
     passages: Annotated[int | None, typer.Option(help="Guess in the first of the passages only.")] = None,
     against: Annotated[str | None, typer.Option(help="A model to compare with, token by token.")] = None,
     against_format: Annotated[str | None, typer.Option(help="Its format.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window. [default: 512]", show_default=False)] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens a window (default: 512).", show_default=False)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Measure on the first of the tokens only.")] = None,
     format: Format = None,
     ranks: Ranks = None,

@@ -98,9 +98,9 @@ def bench_speculate(
 
 @app.command(name="reduce")
 def bench_reduce(
-    ranks: Annotated[int | None, typer.Option(help="Whose sums are added. [default: 2]", show_default=False)] = None,
+    ranks: Annotated[int | None, typer.Option(help="Whose sums are added (default: 2).", show_default=False)] = None,
     threads: Annotated[int | None, typer.Option(help="Of all ranks together; one a rank by default.")] = None,
-    kb: Annotated[int | None, typer.Option(help="Of each rank's sums. [default: 16]", show_default=False)] = None,
+    kb: Annotated[int | None, typer.Option(help="Of each rank's sums (default: 16).", show_default=False)] = None,
     repeats: Repeats = None,
     json: Json = False,
 ) -> None:
@@ -139,7 +139,7 @@ def bench_plan(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models as `bench decode` takes them.")],
     format: Format = None,
     ranks: Annotated[
-        str | None, typer.Option(help="Ranks, several with commas. [default: 1,2]", show_default=False)
+        str | None, typer.Option(help="Ranks, several with commas (default: 1,2).", show_default=False)
     ] = None,
     context: Start = None,
     kv: Kv = None,

@@ -27,7 +27,7 @@ Prompt = Annotated[str | None, typer.Option("-p", "--prompt", help="What to ask;
 Ids = Annotated[str | None, typer.Option(help="Token ids in place of a prompt: 1,15043,29892.", show_default=False)]
 System = Annotated[str | None, typer.Option(help="The system message.")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="In place of the model's: yuan-n, yuan-newline.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many. [default: 512]", show_default=False)]
+MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many (default: 512).", show_default=False)]
 Temperature = Annotated[float | None, typer.Option(help="0 (default): always the likeliest token.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest that have this probability together.")]
@@ -45,7 +45,7 @@ Trace = Annotated[
 Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
-Start = Annotated[int | None, typer.Option("--context", help="Random tokens that go before. [default: 0]")]
+Start = Annotated[int | None, typer.Option("--context", help="Random tokens that go before (default: 0).")]
 
 
 def show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:

@@ -20,8 +20,8 @@ Seconds = float | None
 def serve(
     model: Served = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file with any of these options.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen at. [default: 127.0.0.1]")] = None,
-    port: Annotated[Count, typer.Option(help="Port; 0: any that is free. [default: 8000]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at (default: 127.0.0.1).")] = None,
+    port: Annotated[Count, typer.Option(help="Port; 0: any that is free (default: 8000).")] = None,
     name: Annotated[str | None, typer.Option(help="By which clients ask for the model.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="Keys, one a line; also FOURFOLD_API_KEY.")] = None,
     root_path: Annotated[str | None, typer.Option(help="Path below which a proxy mounts the server.")] = None,
@@ -36,37 +36,39 @@ def serve(
     rope_angles: RopeAngles = None,
     weights: Weights = None,
     chat_template: Template = None,
-    max_running: Annotated[Count, typer.Option(help="Texts that take part in steps. [default: 32]")] = None,
-    max_waiting: Annotated[Count, typer.Option(help="Texts beside those; more get a 429. [default: 128]")] = None,
-    max_wait_seconds: Annotated[Seconds, typer.Option(help="After which a text that waits fails. [600]")] = None,
-    prompt_chunk: Annotated[Count, typer.Option(help="Tokens of prompts a step, at most. [default: 512]")] = None,
+    max_running: Annotated[Count, typer.Option(help="Texts that take part in steps (default: 32).")] = None,
+    max_waiting: Annotated[Count, typer.Option(help="Texts beside those; more get a 429 (default: 128).")] = None,
+    max_wait_seconds: Annotated[
+        Seconds, typer.Option(help="After which a text that waits fails (default: 600).")
+    ] = None,
+    prompt_chunk: Annotated[Count, typer.Option(help="Tokens of prompts a step, at most (default: 512).")] = None,
     stall_seconds: Annotated[
-        Seconds, typer.Option(help="That others' tokens may wait for a prompt's step. [default: 0.25]")
+        Seconds, typer.Option(help="That others' tokens may wait for a prompt's step (default: 0.25).")
     ] = None,
     prefix_cache: Annotated[
         str | None, typer.Option(help="Beginnings that are shared: all (default), prompts, or off.")
     ] = None,
     speculate: Annotated[
-        bool | None, typer.Option("--speculate/--no-speculate", help="Guess ahead. [default: speculate]")
+        bool | None, typer.Option("--speculate/--no-speculate", help="Guess ahead (default: speculate).")
     ] = None,
     draft: Annotated[str | None, typer.Option(help="A smaller model to guess with; else the texts themselves.")] = None,
-    max_requests: Annotated[Count, typer.Option(help="HTTP requests at a time. [default: 256]")] = None,
-    max_body_bytes: Annotated[Count, typer.Option(help="Of a request. [default: 4000000]")] = None,
-    body_seconds: Annotated[Seconds, typer.Option(help="That a body may take to arrive. [default: 30]")] = None,
-    max_texts: Annotated[Count, typer.Option(help="Prompts times n of a request. [default: 128]")] = None,
-    max_n: Annotated[Count, typer.Option(help="Answers to a prompt. [default: 16]")] = None,
-    max_messages: Annotated[Count, typer.Option(help="Of a chat. [default: 2048]")] = None,
-    max_stops: Annotated[Count, typer.Option(help="Stop strings. [default: 16]")] = None,
-    max_stop_chars: Annotated[Count, typer.Option(help="Of a stop string. [default: 256]")] = None,
-    max_biases: Annotated[Count, typer.Option(help="Entries of logit_bias. [default: 1024]")] = None,
-    max_tools: Annotated[Count, typer.Option(help="Of a chat. [default: 128]")] = None,
-    max_schema_bytes: Annotated[Count, typer.Option(help="JSON schemas of a request. [default: 65536]")] = None,
-    max_schema_depth: Annotated[Count, typer.Option(help="Of a JSON schema. [default: 32]")] = None,
+    max_requests: Annotated[Count, typer.Option(help="HTTP requests at a time (default: 256).")] = None,
+    max_body_bytes: Annotated[Count, typer.Option(help="Of a request (default: 4000000).")] = None,
+    body_seconds: Annotated[Seconds, typer.Option(help="That a body may take to arrive (default: 30).")] = None,
+    max_texts: Annotated[Count, typer.Option(help="Prompts times n of a request (default: 128).")] = None,
+    max_n: Annotated[Count, typer.Option(help="Answers to a prompt (default: 16).")] = None,
+    max_messages: Annotated[Count, typer.Option(help="Of a chat (default: 2048).")] = None,
+    max_stops: Annotated[Count, typer.Option(help="Stop strings (default: 16).")] = None,
+    max_stop_chars: Annotated[Count, typer.Option(help="Of a stop string (default: 256).")] = None,
+    max_biases: Annotated[Count, typer.Option(help="Entries of logit_bias (default: 1024).")] = None,
+    max_tools: Annotated[Count, typer.Option(help="Of a chat (default: 128).")] = None,
+    max_schema_bytes: Annotated[Count, typer.Option(help="JSON schemas of a request (default: 65536).")] = None,
+    max_schema_depth: Annotated[Count, typer.Option(help="Of a JSON schema (default: 32).")] = None,
     drain_seconds: Annotated[
-        Seconds, typer.Option(help="That requests may take to end after SIGTERM. [default: 60]")
+        Seconds, typer.Option(help="That requests may take to end after SIGTERM (default: 60).")
     ] = None,
     measure: Annotated[
-        bool | None, typer.Option("--measure/--no-measure", help="Memory bandwidth at the start. [default: measure]")
+        bool | None, typer.Option("--measure/--no-measure", help="Memory bandwidth at the start (default: measure).")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="json, text, or auto (default): by terminal.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info (default), warning or error.")] = None,

@@ -19,6 +19,7 @@ from fourfold.errors import RuntimeFailure, UserError
 from fourfold.request import Request
 from fourfold.sampling import SamplingParams
 from fourfold.server.metrics import SAMPLE_SECONDS
+from fourfold.server.notify import READY, STOPPING, notify
 from fourfold.server.service import Service
 
 ENDING_SECONDS = 5.0  # that connections may take to close once their requests have ended
@@ -121,6 +122,7 @@ class Running:
         finally:
             job.close()
         service.is_ready = True
+        notify(READY)
         _log.info("ready")
 
     async def _sample(self) -> None:
@@ -140,6 +142,7 @@ class Running:
             logging.shutdown()
             os._exit(1)
         self._service.is_draining = True
+        notify(STOPPING)
         _log.info("ending: %d requests are under way", self._service.n_requests)
         self._start(self._drain())
 

@@ -46,7 +46,6 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t m = Ops::n_rows(Ops::buffer(p, input.src), step);
     if (m == 0) return;
     const Packed packed = pack(p, worker, step, m);
-    const uint8_t* const after = next ? next->first_read(p, worker) : nullptr;
     struct Share {
         const Program::LinearPart* part;
         size_t begin, end;
@@ -61,7 +60,9 @@ void LinearOp::run(Program& p, Worker& worker, const Step& step) const {
         multiply_held(panels);
         held = {&part, begin, end, panels};
     });
-    multiply_held(after);
+    const std::span<const uint8_t> after = next ? next->first_read(p, worker) : std::span<const uint8_t>{};
+    multiply_held(after.data());
+    worker.reads_next(after);
 }
 
 template <class F>
@@ -80,10 +81,11 @@ void LinearOp::each_share(Program& p, const Worker& worker, F f) const {
     }
 }
 
-const uint8_t* LinearOp::first_read(Program& p, const Worker& worker) const {
-    const uint8_t* first = nullptr;
-    each_share(p, worker, [&](const Program::LinearPart&, size_t begin, size_t end, const uint8_t* panels) {
-        if (!first && begin < end) first = panels;
+std::span<const uint8_t> LinearOp::first_read(Program& p, const Worker& worker) const {
+    std::span<const uint8_t> first;
+    each_share(p, worker, [&](const Program::LinearPart& part, size_t begin, size_t end, const uint8_t* panels) {
+        const Weight& w = Ops::weight(p, part.weight);
+        if (first.empty()) first = {panels, (end - begin) * panel_bytes(w.format, w.slice(worker.rank).k_tiles)};
     });
     return first;
 }

@@ -61,8 +61,8 @@ struct LinearOp : Op {
              bool is_partial)
         : input(std::move(input)), parts(std::move(parts)), sum(std::move(sum)), is_partial(is_partial) {}
     void run(Program&, Worker&, const Step&) const override;
-    // Where this thread begins to read; null where that is in no memory.
-    virtual const uint8_t* first_read(Program&, const Worker&) const;
+    // The first panels that this thread reads; none where they are in no memory.
+    virtual std::span<const uint8_t> first_read(Program&, const Worker&) const;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
     void list_own(MemoryMap& map) const override {

@@ -23,7 +23,7 @@ struct StreamedLinearOp final : LinearOp {
           pieces(std::move(pieces)),
           first_piece(first_piece) {}
     void run(Program&, Worker&, const Step&) const override;
-    const uint8_t* first_read(Program&, const Worker&) const override { return nullptr; }
+    std::span<const uint8_t> first_read(Program&, const Worker&) const override { return {}; }
 
   private:
     void multiply_piece(Program&, const Worker&, const Step&, const Packed&, const Piece&, const uint8_t* bytes) const;

@@ -13,6 +13,7 @@ namespace fourfold {
 
 namespace {
 using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kAwake{2};  // between jobs: longer than a token takes to be sampled
 
 struct alignas(64) Flag {
     std::atomic<uint64_t> value{0};
@@ -60,12 +61,14 @@ struct Worker::State {
         std::this_thread::sleep_for(seconds);
     }
 
-    // Returns once value is not old any more: spins first, asleep afterwards.
+    // Returns once value is not old any more: spins for kAwake first, asleep afterwards.
     void sleep_while(const std::atomic<uint32_t>& value, uint32_t old) {
-        for (int i = 0; i < spins; ++i) {
-            if (value.load(std::memory_order_acquire) != old) return;
-            _mm_pause();
-        }
+        const auto end = Clock::now() + kAwake;
+        while (spins > 0 && Clock::now() < end)
+            for (int i = 0; i < 64; ++i) {
+                if (value.load(std::memory_order_acquire) != old) return;
+                _mm_pause();
+            }
         ++n_asleep;
         while (value == old) value.wait(old);
         --n_asleep;
@@ -86,10 +89,10 @@ struct Worker::State {
 
     // Waits until flag >= target. `who` names the thread awaited if the wait is one that should report it.
     template <class Who>
-    void wait(const Flag& flag, uint64_t target, double patience, Who who) {
+    void wait(Worker& worker, const Flag& flag, uint64_t target, double patience, Who who) {
         for (int i = 0; i < spins; ++i) {
             if (flag.value.load(std::memory_order_acquire) >= target) return;
-            _mm_pause();
+            if (!worker.ask_ahead()) _mm_pause();
         }
         // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
         std::chrono::duration<double> waited{};
@@ -119,16 +122,25 @@ std::string late(size_t rank, size_t thread, double seconds) {
 }
 }  // namespace
 
+bool Worker::ask_ahead() {
+    constexpr size_t kLines = 2, kLine = 64;
+    if (ahead_.size() < kLines * kLine) return false;
+    for (size_t i = 0; i < kLines; ++i)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead_.data() + i * kLine), _MM_HINT_T1);
+    ahead_ = ahead_.subspan(kLines * kLine);
+    return true;
+}
+
 // The first thread of a rank gathers the others; it alone reports who is late, the rest wait longer for it.
 void Worker::arrive() {
     ++epoch_;
     if (thread != 0) {
         state_.arrived[rank][thread].value.store(epoch_, std::memory_order_release);
-        state_.wait(state_.released[rank], epoch_, 3, [&] { return late(rank, 0, 3 * state_.timeout.count()); });
+        state_.wait(*this, state_.released[rank], epoch_, 3, [&] { return late(rank, 0, 3 * state_.timeout.count()); });
         return;
     }
     for (size_t t = 1; t < n_threads; ++t)
-        state_.wait(state_.arrived[rank][t], epoch_, 1, [&] { return late(rank, t, state_.timeout.count()); });
+        state_.wait(*this, state_.arrived[rank][t], epoch_, 1, [&] { return late(rank, t, state_.timeout.count()); });
 }
 
 void Worker::release() {
@@ -150,7 +162,7 @@ void Worker::barrier_all() {
     if (thread == 0) {
         state_.rank_arrived[rank].value.store(epoch_all_, std::memory_order_release);
         for (size_t r = 0; r < n_ranks; ++r)
-            state_.wait(state_.rank_arrived[r], epoch_all_, 1.5,
+            state_.wait(*this, state_.rank_arrived[r], epoch_all_, 1.5,
                         [&] { return late(r, 0, 1.5 * state_.timeout.count()); });
     }
     release();
@@ -175,7 +187,7 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
     s.timeout = std::chrono::duration<double>(timeout_seconds);
     std::sort(used.begin(), used.end());
     const bool shared_cpus = std::adjacent_find(used.begin(), used.end()) != used.end();
-    s.spins = shared_cpus ? 0 : 20000;  // about 0.4 ms: longer than most waits in a step, and than sampling takes
+    s.spins = shared_cpus ? 0 : 20000;  // 0.2 to 0.8 ms: longer than most waits in a step
 
     caller_.reset(new Worker(s, 0, 0, plan_.size(), plan_[0].cpus.size()));
     try {

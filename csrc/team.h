@@ -8,10 +8,12 @@
 // StallError, and the team is broken from then on. Threads spin for a moment before they yield, inside a job, or sleep,
 // between jobs: an idle team uses no CPU.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -42,6 +44,8 @@ class Worker {
     Timeline* timeline = nullptr;                   // where this job's time is recorded, if the job says so
     void barrier();
     void barrier_all();
+    // What this thread reads next: while it waits for others, it asks for as much of that as its L2 cache has room for.
+    void reads_next(std::span<const uint8_t> bytes) { ahead_ = bytes.first(std::min(bytes.size(), kMostAhead)); }
     // Says how an op, or what follows a barrier in it, begins: otherwise as work.
     void begins_as(Phase phase) {
         if (timeline) timeline->begins_as(phase);
@@ -61,6 +65,10 @@ class Worker {
         : rank(rank), thread(thread), n_ranks(n_ranks), n_threads(n_threads), state_(state) {}
     void arrive();
     void release();
+    // Asks for the next lines of what is read next. False where there are none.
+    bool ask_ahead();
+    static constexpr size_t kMostAhead = 256 * 1024;
+    std::span<const uint8_t> ahead_;
     State& state_;
     uint64_t epoch_ = 0, epoch_all_ = 0;
 };

@@ -152,11 +152,15 @@ def test_decode_counts_the_bytes_of_every_position(run: Run, tiny_model: Path) -
     assert (result["bench"], result["context"], result["tokens"]) == ("decode", 70, 5)
     assert result["kernels"] == {"1": {"nf4": "linear_nf4_f32_avx2"}}
     assert result["amx"] is False
-    for figure in ("ms_per_token", "tokens_per_s", "gb_s", "of_read"):
+    for figure in ("ms_per_step", "tokens_per_s", "gb_s", "of_read"):
         assert is_spread(result[figure]), figure
     kv_bytes = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * 16 * 2
     start = run("decode", str(tiny_model), "--tokens", "1", "--repeats", "1")
-    assert result["bytes_per_token"] - start["bytes_per_token"] == kv_bytes * 72
+    assert result["bytes_per_step"] - start["bytes_per_step"] == kv_bytes * 72
+    many = run("decode", str(tiny_model), "--tokens", "5", "--context", "70", "--repeats", "2", "--batch", "3")
+    assert many["bytes_per_step"] - start["bytes_per_step"] == 3 * kv_bytes * 72
+    assert many["tokens_per_s"]["max"] * many["ms_per_step"]["min"] == pytest.approx(3e3)
+    assert list(many["kernels"]) == ["3"]
 
 
 def test_prefill_counts_the_products(run: Run, tiny_model: Path) -> None:
@@ -172,8 +176,8 @@ def test_prefill_counts_the_products(run: Run, tiny_model: Path) -> None:
 
 @pytest.mark.usefixtures("instant")
 def test_logits_that_change_have_no_figures(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extend, rng = model.Engine.extend, np.random.default_rng(1)
-    monkeypatch.setattr(model.Engine, "extend", lambda *fed: extend(*fed) + rng.random(dtype=np.float32))
+    step, rng = model.Engine.step, np.random.default_rng(1)
+    monkeypatch.setattr(model.Engine, "step", lambda *fed: step(*fed) + rng.random(dtype=np.float32))
     with pytest.raises(RuntimeFailure, match="different logits"):
         bench.decode(model=str(tiny_model), tokens=2, repeats=2)
 

@@ -121,7 +121,8 @@ def test_logits_that_are_no_numbers_are_a_failure(bad: float) -> None:
         ("top_p", 0, "above 0 to 1, not 0"),
         ("top_p", 1.1, "above 0 to 1"),
         ("min_p", -1, "from 0 to 1"),
-        ("repetition_penalty", 0, "above 0 to 100"),
+        ("repetition_penalty", 0, "from 0.01 to 100"),
+        ("repetition_penalty", 1e-46, "from 0.01 to 100"),  # 0 in float32
         ("seed", -1, "from 0"),
         ("stop", ("",), "at least one character"),
         ("stop", (1,), "at least one character"),

@@ -257,6 +257,7 @@ def test_waiting_has_an_end(engine: Engine) -> None:
     second = loop.add(request(5, 2))
     (update,) = [u for u in loop.step() if u.generation is second]
     assert (update.finish, update.error) == ("error", "no room was found for the request in 0 s")
+    assert update.error_kind == "waited"
     assert {u.finish for u in finish(loop)} == {None, "length"}
 
 
@@ -348,6 +349,7 @@ def test_a_grammar_constrains_its_own_text_alone(engine: Engine, speculates: boo
     assert [other.ids[40:]] == alone(engine, [free])
     (last,) = [u for u in updates if u.generation is broken and u.finish]
     assert (last.finish, last.error) == ("error", "sampling failed: ValueError: no such state")
+    assert last.error_kind == "failure"
 
 
 # ---- failures
@@ -411,5 +413,5 @@ def test_memory_that_runs_out_ends_the_only_text_with_a_sentence(
     loop = loop_of(engine)
     loop.add(request(100, 100))
     last = finish(loop)[-1]
-    assert last.finish == "error"
+    assert (last.finish, last.error_kind) == ("error", "memory")
     assert "memory has no room" in str(last.error)

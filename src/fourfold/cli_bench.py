@@ -55,11 +55,14 @@ def bench_decode(
     kv: Kv = None,
     weights: Weights = None,
     tokens: Tokens = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Texts that each step continues. [default: 1]", show_default=False)
+    ] = None,
     repeats: Repeats = None,
     isa: Isa = None,
     json: Json = False,
 ) -> None:
-    """A model, token by token: ms a token and GB/s against the read bandwidth."""
+    """A model, token by token: ms a step and GB/s against the read bandwidth."""
     _bench("decode", locals())
 
 

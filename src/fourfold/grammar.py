@@ -49,7 +49,6 @@ class Matcher:
 
     def __init__(self, library: Any, vocab_size: int) -> None:
         self._library, self._vocab_size = library, vocab_size
-        self.error: str | None = None  # why the text could not go on
 
     def mask(self) -> NDArray[np.bool_]:
         """(vocab,): the ids that may come next, an end of text among them where the text may end.
@@ -70,8 +69,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._library.is_error():
-            self.error = f"the answer cannot follow the form that was asked ({_line(self._library.get_error())})"
-            raise UserError(self.error)
+            raise UserError(f"the answer cannot follow the form that was asked ({_line(self._library.get_error())})")
 
 
 class Grammars:

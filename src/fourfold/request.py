@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fourfold.generation import Generation
 
 Finish = Literal["stop", "length", "error"]  # an end or stop string; max_tokens or the context; a failure
+# Whose fault an error is: nobody's, for now (no room came in time, or there is none), the grammar's, or fourfold's.
+ErrorKind = Literal["waited", "memory", "grammar", "failure"]
 
 
 class Grammar(Protocol):
@@ -55,7 +57,8 @@ class Update:
     logprobs: tuple[TokenLogprob, ...] = ()  # of the ids, where asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # once, where asked for
     finish: Finish | None = None  # of the last update
-    error: str | None = None  # with finish "error"
+    error: str | None = None  # a sentence, with finish "error"
+    error_kind: ErrorKind | None = None  # the same
 
 
 def check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:

@@ -62,7 +62,7 @@ class SamplingParams:
         _check("top_k", 1 if self.top_k is None else self.top_k, 1, 2**31 - 1, whole=True)
         _check("top_p", self.top_p, 0, 1, above=True)
         _check("min_p", self.min_p, 0, 1)
-        _check("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check("presence_penalty", self.presence_penalty, -2, 2)
         _check("frequency_penalty", self.frequency_penalty, -2, 2)
         _check("logprobs", 0 if self.logprobs is None else self.logprobs, 0, MOST_LOGPROBS, whole=True)

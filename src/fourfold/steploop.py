@@ -8,10 +8,10 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
 from fourfold.engine import MAX_STEP_TOKENS, MOST_BACK, Feed
-from fourfold.errors import FourfoldError, ResourceError
+from fourfold.errors import FourfoldError, ResourceError, UserError
 from fourfold.generation import Generation
 from fourfold.kvcache import Sequence
-from fourfold.request import Request, Update, check_prompt
+from fourfold.request import ErrorKind, Request, Update, check_prompt
 from fourfold.scheduler import Limits, Plan, Scheduler, Share
 from fourfold.speculate import PromptLookup, Proposer, Speculation, StepCost
 
@@ -123,7 +123,7 @@ class StepLoop:
         try:
             plan = self._scheduler.plan(self._prompt_seconds)
         except ResourceError as error:  # there is one text, and no room for it
-            return [_failed(self._scheduler.running[0], str(error))]
+            return [_failed(self._scheduler.running[0], str(error), "memory")]
         if not plan.shares:
             return []
         try:
@@ -170,10 +170,12 @@ class StepLoop:
                 logits = logits[-1:]
             if at_end:
                 update = g.sample(logits, drafted)
+        except UserError as error:  # logits are never the user's mistake: what was asked of them is
+            return _failed(g, str(error), "grammar")
         except FourfoldError as error:
-            return _failed(g, str(error))
+            return _failed(g, str(error), "failure")
         except Exception as error:  # a request's own grammar, say: no reason for the others to end
-            return _failed(g, f"sampling failed: {type(error).__name__}: {error}")
+            return _failed(g, f"sampling failed: {type(error).__name__}: {error}", "failure")
         if update is not None:
             n_accepted = sum(a == b for a, b in zip(update.ids, drafted, strict=False))
             if n_accepted < len(drafted):
@@ -223,7 +225,7 @@ class StepLoop:
     def _expire(self) -> list[Update]:
         most = self._scheduler.limits.max_wait_seconds
         late = [g for g in self._scheduler.waiting if monotonic() > self._added[g] + most and not g.completion_tokens]
-        return [_failed(g, f"no room was found for the request in {most:g} s") for g in late]
+        return [_failed(g, f"no room was found for the request in {most:g} s", "waited") for g in late]
 
 
 def lookup(cost: StepCost | None = None) -> Speculation:
@@ -236,9 +238,9 @@ def speculation(proposer: Proposer, cost: StepCost | None = None) -> Speculation
     return Speculation(proposer, MOST_BACK, cost)
 
 
-def _failed(generation: Generation, why: str) -> Update:
+def _failed(generation: Generation, why: str, kind: ErrorKind) -> Update:
     generation.finish = "error"
-    return Update(generation, finish="error", error=why)
+    return Update(generation, finish="error", error=why, error_kind=kind)
 
 
 def _sequence(generation: Generation) -> Sequence:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fourfold.bench.limits import Limits, check_counts, forced_isa, spread, uses_amx
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
 from fourfold.config import KV_FORMATS, ModelConfig
-from fourfold.engine import MAX_STEP_TOKENS, Engine
+from fourfold.engine import MAX_STEP_TOKENS, Engine, Feed
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.locate import fourfold_directory
 from fourfold.machine import read_machine
@@ -31,26 +31,32 @@ def decode(
     kv: str | None = None,
     weights: Weights = "auto",
     tokens: int = 64,
+    batch: int = 1,
     repeats: int = 5,
     isa: str | None = None,
 ) -> dict[str, Any]:
-    """Time a token, `tokens` of them one after another from position `context` on, and the bytes each must read."""
-    check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+    """Time steps of a token for each of `batch` texts, `tokens` steps one after another, all texts from position
+    `context` on, and the bytes that each step must read: the weights once and every text's KV cache.
+    """
+    check_counts(tokens=tokens, batch=batch, repeats=repeats, ranks=ranks, threads=threads)
+    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa, batch) as run:
         limits = Limits(read_machine(), run.engine.plan, read=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_one_by_one) / tokens
-        n_bytes = np.mean([run.engine.bytes_per_token(context + i) for i in range(tokens)])
+        weight_bytes = run.engine.bytes_per_token()
+        kv_bytes = np.mean([run.engine.bytes_per_token(context + i) - weight_bytes for i in range(tokens)])
+        n_bytes = weight_bytes + batch * kv_bytes
         rates = (n_bytes / seconds).tolist()
         return {
             "bench": "decode",
             **run.describe(),
             "tokens": tokens,
+            "batch": batch,
             "repeats": repeats,
-            **run.kernels(1),
+            **run.kernels(batch),
             "limits": limits.describe(),
-            "ms_per_token": spread((seconds * 1e3).tolist()),
-            "tokens_per_s": spread((1 / seconds).tolist()),
-            "bytes_per_token": int(n_bytes),
+            "ms_per_step": spread((seconds * 1e3).tolist()),
+            "tokens_per_s": spread((batch / seconds).tolist()),
+            "bytes_per_step": int(n_bytes),
             "gb_s": spread([rate / 1e9 for rate in rates]),
             "of_read": limits.fractions_of_read(rates),
             **run.disk(limits, seconds * tokens),
@@ -104,27 +110,31 @@ class Interleaving(Protocol):
 
 
 class Run:
-    """A loaded model with `start` random tokens in its cache, and the ids to feed after them."""
+    """A loaded model with `batch` texts of `start` random tokens in its cache, and the ids to feed after them."""
 
-    def __init__(self, engine: Engine, stored: FourfoldDirectory, name: str, start: int, n_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, stored: FourfoldDirectory, name: str, start: int, n_tokens: int, batch: int
+    ) -> None:
         self.engine, self.stored = engine, stored
         self._name, self._start = name, start
         self._disk_bytes: list[int] = []  # of each repetition
         ids = np.random.default_rng(0).integers(0, stored.config.vocab_size, start + n_tokens).tolist()
         self.ids: list[int] = ids[start:]  # at least one
-        self._sequence = engine.new_sequence()
-        if start:
-            engine.extend(self._sequence, ids[:start])
+        self._sequences = [engine.new_sequence() for _ in range(batch)]
+        for sequence in self._sequences if start else ():
+            engine.extend(sequence, ids[:start])
 
     def feed_at_once(self) -> NDArray[np.float32]:
-        """Logits after the last of the ids."""
-        return self.engine.extend(self._sequence, self.ids)
+        """Logits after the last of the ids, of the only text."""
+        (sequence,) = self._sequences
+        return self.engine.extend(sequence, self.ids)
 
     def feed_one_by_one(self) -> NDArray[np.float32]:
-        """The same, a step for each."""
-        for i in self.ids:
-            logits = self.engine.extend(self._sequence, [i])
-        return logits
+        """Logits of all texts after the last of the ids, a step for each; every text begins with another of them."""
+        for i in range(len(self.ids)):
+            ids = (self.ids[(i + text) % len(self.ids)] for text in range(len(self._sequences)))
+            logits = self.engine.step([Feed(s, [id]) for s, id in zip(self._sequences, ids, strict=True)])
+        return logits.copy()  # the engine's own are good until its next step
 
     def times(self, repeats: int, limits: Interleaving, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float64]:
         """Seconds of each repetition, all from the same position; (repeats). One more goes before, uncounted.
@@ -134,7 +144,8 @@ class Run:
         logits: list[NDArray[np.float32]] = []
 
         def repetition() -> float:
-            self._sequence.length = self._start  # what the cache holds from there on is written again
+            for sequence in self._sequences:
+                sequence.length = self._start  # what the cache holds from there on is written again
             begin, n_bytes = perf_counter(), self.engine.disk_bytes_read()
             logits.append(work())
             seconds = perf_counter() - begin
@@ -186,8 +197,9 @@ def loaded(
     weights: Weights,
     n_tokens: int,
     isa: str | None,
+    batch: int = 1,
 ) -> Iterator[Run]:
-    """A model for measuring, `start` tokens in its cache and room for n_tokens more; closed at the end."""
+    """A model for measuring, `start` tokens of each text in its cache and room for n_tokens more; closed at the end."""
     if start < 0:
         raise UserError(f"context must be at least 0, not {start}")
     if kv is not None and kv not in KV_FORMATS:
@@ -204,11 +216,12 @@ def loaded(
             context=start + n_tokens,
             kv=kv,
             weights=weights,
+            sequences=batch,
             report=report,
         )
     if engine.slowness:
         warn(engine.slowness)
-    run = Run(engine, open_directory(directory), model, start, n_tokens)
+    run = Run(engine, open_directory(directory), model, start, n_tokens, batch)
     try:
         yield run
     finally:

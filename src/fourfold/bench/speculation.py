@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fourfold.bench.limits import check_counts, spread
 from fourfold.errors import RuntimeFailure, UserError
@@ -48,16 +52,40 @@ RECORDS = "\n".join(
         1,
     )
 )
-# Texts by what is known of them beforehand: the answer repeats the question, or it does not (sampled, so that a small
-# model does not fall into repeating itself).
+# Answers that repeat their question, as a capable model would give them. They are prescribed, id by id, since a small
+# model gets lost: what is measured is the time of a text, not who thought of it.
 REPEATS = {
-    "code editing": f"Rewrite this Python file with `largest` renamed to `most`.\n```python\n{CODE}```",
-    "extraction": f"Copy all records, line by line, exactly as they are:\n{RECORDS}",
+    "code editing": (
+        f"Rewrite this Python file with `largest` renamed to `most`.\n```python\n{CODE}```",
+        f"```python\n{CODE.replace('def largest', 'def most')}```",
+    ),
+    "extraction": (
+        f"Copy the records of all members.\n{RECORDS}",
+        "\n".join(line for line in RECORDS.splitlines() if line.endswith("yes")),
+    ),
 }
+# Answers that do not, sampled, so that a small model does not fall into repeating itself.
 PLAIN = {
     "story": "Tell me a story about a lighthouse keeper who finds a letter in a bottle.",
     "advice": "How do I plan a vegetable garden for a small family?",
 }
+
+
+class Prescribed:
+    """A `Grammar` that allows one text alone."""
+
+    def __init__(self, ids: Sequence[int], vocab_size: int) -> None:
+        self._ids, self._at, self._allowed = ids, 0, np.zeros(vocab_size, np.bool_)
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The next id."""
+        self._allowed[:] = False
+        self._allowed[self._ids[self._at]] = True
+        return self._allowed
+
+    def accept(self, token_id: int) -> None:
+        """It was sampled."""
+        self._at += 1
 
 
 def speculate(
@@ -76,7 +104,8 @@ def speculate(
     """
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
     with LLM(model, format=format, threads=threads, ranks=ranks, draft=draft) as llm:
-        rows = [_compare(llm, name, ask, greedy, tokens, repeats) for name, ask, greedy in _texts()]
+        rows = [_compare(llm, name, ask, answer, tokens, repeats) for name, (ask, answer) in REPEATS.items()]
+        rows += [_compare(llm, name, ask, None, tokens, repeats) for name, ask in PLAIN.items()]
         facts = llm.describe()
     return {
         "bench": "speculate",
@@ -87,28 +116,27 @@ def speculate(
         "repeats": repeats,
         "rows": rows,
         "limits": {},
-        "notes": ["Ratio: tokens/s with drafts over tokens/s without, of the same text; decoding alone."],
+        "notes": [
+            "Ratio: tokens/s with drafts over tokens/s without, of the same text; decoding alone.",
+            "Code editing and extraction follow a prescribed answer; the others are sampled at temperature 0.8.",
+        ],
     }
 
 
-def _texts() -> list[tuple[str, str, bool]]:
-    return [(n, t, True) for n, t in REPEATS.items()] + [(n, t, False) for n, t in PLAIN.items()]
-
-
-def _compare(llm: LLM, name: str, ask: str, greedy: bool, tokens: int, repeats: int) -> dict[str, Any]:
+def _compare(llm: LLM, name: str, ask: str, answer: str | None, tokens: int, repeats: int) -> dict[str, Any]:
     if llm.chat_template is None:
         raise UserError("this benchmark asks questions, and the model has no chat template: choose another model")
-    prompt = tuple(
-        llm.tokenizer.encode(llm.chat_template.render([{"role": "user", "content": ask}]), add_special_tokens=False)
-    )
+    rendered = llm.chat_template.render([{"role": "user", "content": ask}])
+    prompt = tuple(llm.tokenizer.encode(rendered, add_special_tokens=False))
+    ids = llm.tokenizer.encode(answer, add_special_tokens=False)[:tokens] if answer else []
     rates: dict[bool, list[float]] = {False: [], True: []}
     drafted = accepted = 0
     for seed in range(repeats):
-        params = SamplingParams(max_tokens=tokens, temperature=0.0 if greedy else 0.8, seed=seed, ignore_eos=True)
+        params = SamplingParams(max_tokens=len(ids) or tokens, temperature=0.0 if ids else 0.8, seed=seed)
         texts = []
         for speculates in (False, True):
             loop = llm.new_loop(speculates=speculates)
-            g = _run(loop, Request(prompt, params))
+            g = _run(loop, Request(prompt, params, Prescribed(ids, llm.tokenizer.vocab_size) if ids else None))
             rates[speculates].append((g.completion_tokens - 1) / g.decode_seconds)
             texts.append(g.ids)
             stats = loop.stats()
@@ -118,7 +146,7 @@ def _compare(llm: LLM, name: str, ask: str, greedy: bool, tokens: int, repeats: 
     ratios = [with_drafts / without for without, with_drafts in zip(rates[False], rates[True], strict=True)]
     return {
         "text": name,
-        "repeats_itself": greedy,
+        "prescribed": answer is not None,
         "tokens_per_s": spread(rates[True]),
         "tokens_per_s_without": spread(rates[False]),
         "ratio": spread(ratios),

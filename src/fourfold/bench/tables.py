@@ -63,9 +63,9 @@ def _linear(result: Mapping[str, Any]) -> Table:
 
 def _decode(result: Mapping[str, Any]) -> Table:
     return _facts(
-        ("ms a token", _range(result["ms_per_token"], 3)),
+        ("ms a step", _range(result["ms_per_step"], 3)),
         ("tokens/s", _range(result["tokens_per_s"], 1)),
-        ("MB a token must read", f"{result['bytes_per_token'] / 1e6:.1f}"),
+        ("MB a step must read", f"{result['bytes_per_step'] / 1e6:.1f}"),
         ("GB/s", _range(result["gb_s"], 2)),
         ("of read limit", _range(result["of_read"], 2)),
         *_disk(result),

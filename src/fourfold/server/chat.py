@@ -15,7 +15,7 @@ from fourfold.grammar import Form
 from fourfold.request import Request
 from fourfold.server import tools as tool_calls
 from fourfold.server.chat_answer import Answer
-from fourfold.server.errors import bad_request
+from fourfold.server.errors import bad_request, failed
 from fourfold.server.limits import check_count, check_depth
 from fourfold.server.protocol import AssistantMessage, ChatRequest, Content, Message, NamedToolChoice, ToolMessage
 from fourfold.server.replies import STREAMED, EventStream, JsonReply, closing_with_client
@@ -46,12 +46,12 @@ async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Respon
     answers = [Answer(i, tools, bool(body.logprobs), service.tokenizer.vocabulary) for i in range(n)]
     reply = _Reply(body, job, service)
     if body.stream:
-        return EventStream(reply.stream(answers), job, service.failure)
+        return EventStream(reply.stream(answers), job)
     async with closing_with_client(job, http.receive):
         try:
             return JsonReply(await reply.whole(answers))
         except JobFailed as error:
-            raise service.failure(job, error) from None
+            raise failed(error) from None
 
 
 def _check(body: ChatRequest, service: Service) -> None:

@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from fourfold.request import Request, Update
-from fourfold.server.errors import bad_request
+from fourfold.server.errors import bad_request, failed
 from fourfold.server.limits import check_count
 from fourfold.server.logprobs import CompletionScores
 from fourfold.server.protocol import CompletionRequest
@@ -47,12 +47,12 @@ async def create_completion(body: CompletionRequest, http: HttpRequest) -> Respo
     texts = [_Text(body, prompt, service) for prompt in prompts for _ in range(n)]
     reply = _Reply(body, job, service)
     if body.stream:
-        return EventStream(reply.stream(texts), job, service.failure)
+        return EventStream(reply.stream(texts), job)
     async with closing_with_client(job, http.receive):
         try:
             return JsonReply(await reply.whole(texts))
         except JobFailed as error:
-            raise service.failure(job, error) from None
+            raise failed(error) from None
 
 
 def _prompts(body: CompletionRequest, service: Service) -> list[_Prompt]:

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from fourfold.server.worker import JobFailed
+
 RETRY_SECONDS = 1  # what a client is told to wait where the server is full
 
 
@@ -68,6 +70,13 @@ def too_busy(message: str) -> ApiError:
 def unavailable(message: str) -> ApiError:
     """503: the server starts, ends, or has failed."""
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def failed(error: JobFailed) -> ApiError:
+    """What ended a job, as its client is to see it: a form that cannot be followed is the client's own."""
+    if error.kind in ("waited", "memory", "ended"):
+        return unavailable(str(error))
+    return bad_request(str(error)) if error.kind == "grammar" else ApiError(500, str(error))
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from fourfold.server.errors import ApiError
+from fourfold.server.errors import ApiError, failed
 from fourfold.server.worker import Job, JobFailed
 
 # For the OpenAPI document, beside the JSON: the same answer as events, each an object of OpenAI's behind "data: ".
@@ -61,15 +61,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[BaseModel], job: Job, failure: Callable[[Job, JobFailed], ApiError]
-    ) -> None:
-        """`failure`: how the client is told of one."""
+    def __init__(self, events: AsyncIterator[BaseModel], job: Job) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # of nginx, which would collect events
-        self._events, self._job, self._failure = events, job, failure
+        self._events, self._job = events, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: str, more: bool = True) -> None:
@@ -84,5 +81,5 @@ class EventStream(Response):
                 if self._job.is_finished:
                     await write("[DONE]")
             except JobFailed as error:
-                await write(json.dumps(self._failure(self._job, error).body(), ensure_ascii=False))
+                await write(json.dumps(failed(error).body(), ensure_ascii=False))
             await write("", more=False)

@@ -21,6 +21,7 @@ from fourfold.sampling import SamplingParams
 from fourfold.server.metrics import SAMPLE_SECONDS
 from fourfold.server.notify import READY, STOPPING, notify
 from fourfold.server.service import Service
+from fourfold.server.worker import JobFailed
 
 ENDING_SECONDS = 5.0  # that connections may take to close once their requests have ended
 FORCED_END_SECONDS = 15.0  # after its model has failed: threads of a broken team might never end
@@ -152,7 +153,7 @@ class Running:
             await asyncio.sleep(0.02)
         if self._service.n_requests:
             _log.warning("%d requests did not end in time", self._service.n_requests)
-            self._service.worker.fail_all("the server has ended")
+            self._service.worker.fail_all(JobFailed("the server has ended", "ended"))
         self._server.should_exit = True
 
     def _on_failure(self, sentence: str) -> None:

@@ -18,7 +18,7 @@ from fastapi import Request as HttpRequest
 from fourfold.chat_template import ChatTemplate
 from fourfold.engine import Engine
 from fourfold.errors import QueueFull, UserError
-from fourfold.grammar import Grammars, Matcher
+from fourfold.grammar import Grammars
 from fourfold.request import Request
 from fourfold.server.errors import ApiError, bad_request, too_busy, unavailable
 from fourfold.server.limits import Limits
@@ -109,12 +109,6 @@ class Service:
             raise bad_request(str(error)) from None
         except JobFailed as error:
             raise unavailable(str(error)) from None
-
-    def failure(self, job: Job, error: JobFailed) -> ApiError:
-        """What ended a job, as its client is to see it: a form that could not be followed is the client's own."""
-        forms = (request.grammar for request in job.requests)
-        ours = self.worker.failure or not any(isinstance(form, Matcher) and form.error for form in forms)
-        return ApiError(500 if ours else 400, str(error))
 
     def room(self, prompt: Sequence[int], what: str) -> int:
         """Tokens that the context has room for behind a prompt. Raises a 400 where it is empty or too long."""

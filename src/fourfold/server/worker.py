@@ -13,10 +13,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from fourfold.errors import FourfoldError
-from fourfold.request import Request, Update
+from fourfold.errors import FourfoldError, RuntimeFailure
+from fourfold.request import ErrorKind, Request, Update
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Steps(Protocol):
     @property
     def is_idle(self) -> bool: ...
     def stats(self) -> Any: ...
+    def check_integrity(self) -> None: ...
 
 
 class Observer(Protocol):
@@ -41,6 +42,11 @@ class Observer(Protocol):
 
 class JobFailed(Exception):
     """The step loop ended, or could not go on with a text. The message is for the client."""
+
+    def __init__(self, message: str, kind: ErrorKind | Literal["ended"] = "failure") -> None:
+        """`kind`: why; "ended" where the server was told to."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class Job:
@@ -67,7 +73,7 @@ class Job:
                 raise item
             index, update = item
             if update.finish == "error":
-                raise JobFailed(update.error or "the text could not be continued")
+                raise JobFailed(update.error or "the text could not be continued", update.error_kind or "failure")
             self._left -= update.finish is not None
             yield index, update
 
@@ -96,11 +102,11 @@ class Job:
             self._begun[index] = True
         self._inbox.put_nowait((index, update))
 
-    def fail(self, message: str) -> None:
+    def fail(self, failure: JobFailed) -> None:
         """From the worker: nothing more will come."""
         if not self.taken.done():
-            self.taken.set_exception(JobFailed(message))
-        self._inbox.put_nowait(JobFailed(message))
+            self.taken.set_exception(failure)
+        self._inbox.put_nowait(failure)
 
 
 @dataclass(frozen=True)
@@ -159,10 +165,10 @@ class Worker:
             self._orders.put(_Order(job, drop=True))
 
     async def close(self) -> None:
-        """End after the step under way; what still runs is lost."""
+        """End after the step under way; what still runs is lost. A step loop that lost track of anything has failed."""
         self._orders.put(None)
         await asyncio.to_thread(self._thread.join)
-        self.fail_all("the server has ended")
+        self.fail_all(JobFailed("the server has ended", "ended"))
 
     def _run(self) -> None:
         try:
@@ -174,6 +180,7 @@ class Worker:
                 self.stats = self._steps.stats()
                 if answers or updates:
                     self._loop.call_soon_threadsafe(self._deliver, answers, updates)
+            self._leave()
         except BaseException as error:
             expected = isinstance(error, FourfoldError)
             sentence = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -197,6 +204,18 @@ class Worker:
                 self.stats = self._steps.stats()  # there may be no step to follow
             else:
                 answers.append((order.job, self._take(order.job)))
+
+    def _leave(self) -> None:
+        """Drop what still runs. Raises RuntimeFailure where anything was lost on the way here."""
+        for generation in self._where:
+            self._steps.cancel(generation)
+        self._where.clear()
+        self.stats = self._steps.stats()
+        try:
+            self._steps.check_integrity()
+            assert not self.stats.pages_held, f"{self.stats.pages_held} KV pages are still held"
+        except AssertionError as error:
+            raise RuntimeFailure(f"pages, slots or requests were lost: {error}") from error
 
     def _take(self, job: Job) -> Exception | None:
         added: list[Any] = []
@@ -224,10 +243,10 @@ class Worker:
 
     def _fail(self, sentence: str) -> None:
         self.failure = sentence
-        self.fail_all(sentence)
+        self.fail_all(JobFailed(sentence))
         self._on_failure(sentence)
 
-    def fail_all(self, sentence: str) -> None:
+    def fail_all(self, failure: JobFailed) -> None:
         """End every job with an error."""
         for job in self.jobs:
-            job.fail(sentence)
+            job.fail(failure)

@@ -1,0 +1,1 @@
+"""Random requests, rude clients, and what a server must still be afterwards."""

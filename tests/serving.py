@@ -106,7 +106,7 @@ def served(
     app = make_app(service, Keys(list(keys)), origins=origins)
     listener = bind("127.0.0.1", 0)
     events = asyncio.new_event_loop()
-    running = Running(service, app, drain_seconds)
+    running = Running(lambda: (service, app), service.limits, drain_seconds)
     thread = threading.Thread(target=lambda: events.run_until_complete(running.serve(listener)))
     thread.start()
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -209,7 +209,7 @@ def test_a_key_a_name_and_a_file_of_options(tmp_path: Path) -> None:
             process.client.with_options(api_key="wrong").models.list()
         with pytest.raises(openai.BadRequestError, match="2 answers are more than the 1"):
             process.client.chat.completions.create(model="flag", messages=ASK, n=2)
-        loaded = next(entry for entry in process.log if "address" in entry)
+        loaded = next(entry for entry in process.log if "model" in entry)
         assert loaded["model"]["context"] == 256
         assert re.fullmatch(r"\d+ at a time; up to 32 shorter ones", loaded["model"]["texts of full context"])
         assert loaded["machine"]["isa"]

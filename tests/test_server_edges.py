@@ -223,7 +223,7 @@ def test_before_it_is_warm_it_lives_but_is_not_ready() -> None:
         server.engine.seconds = 0.2
         assert server.http.get("/health").status_code == 200
         if not server.service.is_ready:
-            assert server.http.get("/ready").json() == {"status": "starting"}
+            assert server.http.get("/ready").json() == {"status": "starting", "reason": "the model is warming up"}
             assert messages(server.chat())[0] == 503
         server.engine.seconds = 0
         server.until(lambda: server.service.is_ready)
@@ -241,7 +241,7 @@ def test_an_end_finishes_what_is_under_way_and_takes_nothing_new() -> None:
             reply = other.post("/v1/chat/completions", json=ASK)
             assert messages(reply)[0] == 503
             assert reply.headers["retry-after"] == "1"
-            assert other.get("/ready").json() == {"status": "draining"}
+            assert other.get("/ready").json() == {"status": "draining", "reason": "the server is ending"}
         thread.join()
         assert found[0].json()["choices"][0]["message"]["content"] == "x" * 60
         server.thread.join(100)

@@ -53,8 +53,14 @@ def serve(
     ] = None,
     draft: Annotated[str | None, typer.Option(help="A smaller model to guess with; else the texts themselves.")] = None,
     max_requests: Annotated[Count, typer.Option(help="HTTP requests at a time (default: 256).")] = None,
+    max_connections: Annotated[Count, typer.Option(help="Open ones (default: 1024).")] = None,
+    unread_seconds: Annotated[
+        Seconds, typer.Option(help="That a client may leave an answer unread (default: 60).")
+    ] = None,
     max_body_bytes: Annotated[Count, typer.Option(help="Of a request (default: 4000000).")] = None,
-    body_seconds: Annotated[Seconds, typer.Option(help="That a body may take to arrive (default: 30).")] = None,
+    body_seconds: Annotated[
+        Seconds, typer.Option(help="A head, then a body, may take to arrive (default: 30).")
+    ] = None,
     max_texts: Annotated[Count, typer.Option(help="Prompts times n of a request (default: 128).")] = None,
     max_n: Annotated[Count, typer.Option(help="Answers to a prompt (default: 16).")] = None,
     max_messages: Annotated[Count, typer.Option(help="Of a chat (default: 2048).")] = None,

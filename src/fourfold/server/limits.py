@@ -17,8 +17,10 @@ class Limits:
     """What one request may ask for, and how many there may be. Each excess is refused with its number."""
 
     max_body_bytes: int = 4_000_000
-    body_seconds: float = 30.0  # that a body may take to arrive
+    body_seconds: float = 30.0  # that a request's head may take to arrive, and then its body
     max_requests: int = 256  # HTTP requests under way; more get a 429
+    max_connections: int = 1024  # open ones; more get a 429 and are closed
+    unread_seconds: float = 60.0  # that a client may leave an answer unread
     max_texts: int = 128  # prompts times n of one request
     max_n: int = 16
     max_messages: int = 2048

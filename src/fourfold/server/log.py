@@ -64,7 +64,7 @@ def start_logging(form: LogFormat, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines() if is_plain(form) else JsonLines())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its notes on starting and ending are ours to make
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # bad HTTP is worth no line
 
 
 class RequestLog:

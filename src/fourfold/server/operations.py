@@ -19,6 +19,7 @@ router = APIRouter()
 
 class State(BaseModel):
     status: str  # ok, starting, draining or failed
+    reason: str | None = None  # in a sentence, where it is not ok
 
 
 @router.get("/v1/models", response_model=ModelList)
@@ -39,17 +40,18 @@ async def retrieve_model(model: str, http: HttpRequest) -> Response:
 async def health(http: HttpRequest) -> Response:
     """Liveness: 200 as long as restarting the process would not help."""
     failure = service_of(http).worker.failure
-    return JSONResponse({"status": "failed" if failure else "ok"}, 503 if failure else 200)
+    return JSONResponse(
+        {"status": "failed", "reason": failure} if failure else {"status": "ok"}, 503 if failure else 200
+    )
 
 
 @router.get("/ready", response_model=State, responses={503: {"model": State}})
 async def ready(http: HttpRequest) -> Response:
     """Readiness: 200 from the end of the warm-up until the server begins to end."""
-    service = service_of(http)
-    if service.is_open:
+    closed = service_of(http).closed
+    if closed is None:
         return JSONResponse({"status": "ok"})
-    status = "failed" if service.worker.failure else "draining" if service.is_draining else "starting"
-    return JSONResponse({"status": status}, 503)
+    return JSONResponse({"status": closed.status, "reason": closed.reason}, 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -68,12 +70,8 @@ async def stats(http: HttpRequest) -> dict[str, Any]:
 
 def check_open(service: Service) -> None:
     """Raises a 503 where no requests are taken."""
-    if service.worker.failure is not None:
-        raise unavailable(service.worker.failure)
-    if service.is_draining:
-        raise unavailable("the server is ending; ask another, or try again later")
-    if not service.is_ready:
-        raise unavailable("the model is not ready yet; try again later")
+    if service.closed is not None:
+        raise unavailable(f"{service.closed.reason}; try again later")
 
 
 def _model(service: Service) -> Model:

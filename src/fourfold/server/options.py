@@ -50,6 +50,8 @@ class ServeOptions(BaseModel):
     draft: str | None = None
     # limits of requests
     max_requests: int = Field(DEFAULTS.max_requests, ge=1)
+    max_connections: int = Field(DEFAULTS.max_connections, ge=1)
+    unread_seconds: float = Field(DEFAULTS.unread_seconds, gt=0)
     max_body_bytes: int = Field(DEFAULTS.max_body_bytes, ge=1024)
     body_seconds: float = Field(DEFAULTS.body_seconds, gt=0)
     max_texts: int = Field(DEFAULTS.max_texts, ge=1)

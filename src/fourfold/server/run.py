@@ -9,15 +9,19 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import monotonic
+from typing import NoReturn, TypeVar, cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.request import Request
 from fourfold.sampling import SamplingParams
+from fourfold.server.connections import SWEEP_SECONDS, connection_class, sweep
+from fourfold.server.front import Front
+from fourfold.server.limits import Limits
 from fourfold.server.metrics import SAMPLE_SECONDS
 from fourfold.server.notify import READY, STOPPING, notify
 from fourfold.server.service import Service
@@ -26,6 +30,9 @@ from fourfold.server.worker import JobFailed
 ENDING_SECONDS = 5.0  # that connections may take to close once their requests have ended
 FORCED_END_SECONDS = 15.0  # after its model has failed: threads of a broken team might never end
 WARM_TOKENS = 4
+
+T = TypeVar("T")
+Load = Callable[[], tuple[Service, ASGIApp]]
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +51,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(service: Service, app: FastAPI, listener: socket.socket, drain_seconds: float) -> None:
+def run(load: Load, listener: socket.socket, limits: Limits, drain_seconds: float) -> None:
     """Serve until SIGTERM or SIGINT, then end what is under way; a second signal ends the process at once.
 
-    Raises RuntimeFailure where the model fails.
+    Such a signal while the model loads ends the process, with status 0. Raises what `load` raises, and RuntimeFailure
+    where the model fails.
     """
-    running = Running(service, app, drain_seconds, forced_end_seconds=FORCED_END_SECONDS)
+    running = Running(load, limits, drain_seconds, forced_end_seconds=FORCED_END_SECONDS)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -58,8 +66,10 @@ def run(service: Service, app: FastAPI, listener: socket.socket, drain_seconds: 
         await running.serve(listener)
 
     asyncio.run(serve())
-    if service.worker.failure is not None:
-        raise RuntimeFailure(service.worker.failure)
+    if running.is_loading:  # in a thread that nothing stops
+        _end_process(0)
+    if running.error is not None:
+        raise running.error
 
 
 class _Server(uvicorn.Server):
@@ -71,15 +81,25 @@ class _Server(uvicorn.Server):
 
 
 class Running:
-    """A server in one event loop, from its warm-up to its end."""
+    """A server in one event loop: it answers at once, loads its model beside that, and ends when it is told to."""
 
     def __init__(
-        self, service: Service, app: FastAPI, drain_seconds: float, forced_end_seconds: float | None = None
+        self, load: Load, limits: Limits, drain_seconds: float, forced_end_seconds: float | None = None
     ) -> None:
-        """`forced_end_seconds`: after a failure of the model the process does not live longer, whatever hangs."""
-        self._service, self._drain_seconds, self._forced_end = service, drain_seconds, forced_end_seconds
+        """`load` runs in a thread of its own.
+
+        `forced_end_seconds`: after a failure of the model the process does not live longer, whatever hangs.
+        """
+        self.error: Exception | None = None  # for which it ended
+        self.is_loading = True
+        self._load, self._drain_seconds, self._forced_end = load, drain_seconds, forced_end_seconds
+        self._front = Front()
+        self._service: Service | None = None  # once the model is loaded
+        self._is_ending = False
         config = uvicorn.Config(
-            app,
+            self._front,
+            http=connection_class(limits),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -92,27 +112,46 @@ class Running:
 
     async def serve(self, listener: socket.socket) -> None:
         """Returns when the server has ended."""
-        worker = self._service.worker
-        worker.start(self._on_failure)
-        self._start(self._warm_up())
-        self._start(self._sample())
+        self._start(self._begin())
+        self._start(self._sweep())
         try:
             await self._server.serve([listener])
         finally:
             for task in self._tasks:
                 task.cancel()
-            self._service.texts.shutdown(wait=False, cancel_futures=True)
-            if worker.failure is None:
-                await worker.close()
+            if self._service is not None:
+                await self._close(self._service)
+
+    async def _close(self, service: Service) -> None:
+        service.texts.shutdown(wait=False, cancel_futures=True)
+        if service.worker.failure is None:
+            await service.worker.close()
+        if service.worker.failure is not None:  # that nothing was lost is looked at last
+            self.error = RuntimeFailure(service.worker.failure)
 
     def _start(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]  # a coroutine without a result
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _warm_up(self) -> None:
+    async def _begin(self) -> None:
+        """Until the model is ready. A failure ends the server."""
+        try:
+            service, app = await _in_thread_of_its_own(self._load)
+            self.is_loading = False
+            if self._is_ending:
+                return
+            self._service, self._front.app = service, app
+            service.worker.start(self._on_failure)
+            self._start(self._sample(service))
+            await self._warm_up(service)
+        except Exception as error:
+            self.is_loading = False
+            if self._service is None or self._service.worker.failure is None:  # else `_on_failure` has seen to it
+                self.error, self._server.should_exit = error, True
+
+    async def _warm_up(self, service: Service) -> None:
         """Everything that is slow the first time, before anybody waits for it."""
-        service = self._service
         await service.in_thread(lambda: service.grammars)
         prompt = tuple(i % service.tokenizer.vocab_size for i in range(min(64, service.context - WARM_TOKENS)))
         params = SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True)
@@ -126,10 +165,15 @@ class Running:
         notify(READY)
         _log.info("ready")
 
-    async def _sample(self) -> None:
+    async def _sample(self, service: Service) -> None:
         while True:
-            self._service.metrics.sample()
+            service.metrics.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def _sweep(self) -> None:
+        while True:
+            sweep(self._server.server_state.connections)
+            await asyncio.sleep(SWEEP_SECONDS)
 
     @property
     def is_listening(self) -> bool:
@@ -138,22 +182,26 @@ class Running:
 
     def end(self) -> None:
         """Take no more requests and finish those under way; the second time, end the process at once."""
-        if self._service.is_draining:
+        if self._is_ending:
             _log.warning("ended at once")
-            logging.shutdown()
-            os._exit(1)
-        self._service.is_draining = True
+            _end_process(1)
+        self._is_ending = True
         notify(STOPPING)
+        if self._service is None:
+            _log.info("ending: no model is loaded yet")
+            self._server.should_exit = True
+            return
+        self._service.is_draining = True
         _log.info("ending: %d requests are under way", self._service.n_requests)
-        self._start(self._drain())
+        self._start(self._drain(self._service))
 
-    async def _drain(self) -> None:
+    async def _drain(self, service: Service) -> None:
         deadline = monotonic() + self._drain_seconds
-        while self._service.n_requests and monotonic() < deadline:
+        while service.n_requests and monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if self._service.n_requests:
-            _log.warning("%d requests did not end in time", self._service.n_requests)
-            self._service.worker.fail_all(JobFailed("the server has ended", "ended"))
+        if service.n_requests:
+            _log.warning("%d requests did not end in time", service.n_requests)
+            service.worker.fail_all(JobFailed("the server has ended", "ended"))
         self._server.should_exit = True
 
     def _on_failure(self, sentence: str) -> None:
@@ -163,4 +211,36 @@ class Running:
             watchdog.daemon = True
             watchdog.start()
         self._drain_seconds = ENDING_SECONDS
-        self._start(self._drain())
+        if self._service is not None:
+            self._start(self._drain(self._service))
+
+
+async def _in_thread_of_its_own(work: Callable[[], T]) -> T:
+    """Its result, or what it raises. Nobody waits for the thread at the process' end."""
+    events = asyncio.get_running_loop()
+    future: asyncio.Future[T] = events.create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if future.done():  # the server has ended
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(cast(T, result))
+
+    def do() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            events.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=do, name="loading", daemon=True).start()
+    return await future
+
+
+def _end_process(status: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(status)

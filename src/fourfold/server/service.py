@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from fastapi import Request as HttpRequest
 
@@ -29,6 +29,14 @@ from fourfold.tokenizer import Tokenizer
 P = ParamSpec("P")
 T = TypeVar("T")
 TEXT_THREADS = 4  # that render templates, tokenize and compile grammars beside the event loop
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Why no requests are taken."""
+
+    status: Literal["starting", "draining", "failed"]
+    reason: str  # as a sentence
 
 
 @dataclass
@@ -78,9 +86,13 @@ class Service:
         return Grammars(self.tokenizer, self.vocab_size)
 
     @property
-    def is_open(self) -> bool:
-        """Whether requests are taken."""
-        return self.is_ready and not self.is_draining and self.worker.failure is None
+    def closed(self) -> Closed | None:
+        """Why no requests are taken; None where they are."""
+        if self.worker.failure is not None:
+            return Closed("failed", self.worker.failure)
+        if self.is_draining:
+            return Closed("draining", "the server is ending")
+        return None if self.is_ready else Closed("starting", "the model is warming up")
 
     def check_model(self, name: str) -> None:
         """Raises a 404 for a model that is not this one."""

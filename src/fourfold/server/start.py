@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from fourfold import doctor
 from fourfold.chat_template import ChatTemplate
@@ -42,24 +45,35 @@ def start(options: ServeOptions) -> None:
                 f"EVERYBODY who can reach {options.host} can use this server, since it listens beyond this machine and "
                 f"has no API key: give it one with --api-key-file or {VARIABLE}."
             )
-        machine_report = doctor.report(quick=True)
-        llm = LLM(
-            options.model,
-            **{name: getattr(options, name) for name in LLM_OPTIONS},
-            sequences=options.max_running,
-            draft=options.draft,
-        )
-        service = None
-        try:
-            service = _service(llm, options)
-            host, port = listener.getsockname()[:2]
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}/"
-            _tell(machine_report, _facts(service, options), address, plain=is_plain(options.log_format))
-            app = make_app(service, keys, root_path=options.root_path, origins=tuple(options.cors_origin))
-            run(service, app, listener, options.drain_seconds)
-        finally:
-            if service is None or service.worker.failure is None:  # a team that is broken does not end in order
-                llm.close()
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}/"
+        _announce(address, plain=is_plain(options.log_format))
+        with ExitStack() as held:
+            run(lambda: _load(options, keys, held), listener, options.limits, options.drain_seconds)
+
+
+def _load(options: ServeOptions, keys: Keys, held: ExitStack) -> tuple[Service, ASGIApp]:
+    """The model, held until the stack ends, and the application around it. Raises what `LLM` does."""
+    machine_report = doctor.report(quick=True)
+    llm = LLM(
+        options.model,
+        **{name: getattr(options, name) for name in LLM_OPTIONS},
+        sequences=options.max_running,
+        draft=options.draft,
+    )
+    try:
+        service = _service(llm, options)
+    except BaseException:
+        llm.close()
+        raise
+    held.callback(_close, llm, service)
+    _tell(machine_report, _facts(service, options), plain=is_plain(options.log_format))
+    return service, make_app(service, keys, root_path=options.root_path, origins=tuple(options.cors_origin))
+
+
+def _close(llm: LLM, service: Service) -> None:
+    if service.worker.failure is None:  # a team that is broken does not end in order
+        llm.close()
 
 
 def _service(llm: LLM, options: ServeOptions) -> Service:
@@ -100,10 +114,17 @@ def _facts(service: Service, options: ServeOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tell(machine: dict[str, Any], facts: dict[str, Any], address: str, *, plain: bool) -> None:
+def _announce(address: str, *, plain: bool) -> None:
+    if plain:
+        print(f"Listening at {address}; Ctrl-C or SIGTERM ends it, a second one at once.\n", file=sys.stderr)
+    else:
+        _log.info("listening; the model is loading", extra={"fields": {"address": address}})
+
+
+def _tell(machine: dict[str, Any], facts: dict[str, Any], *, plain: bool) -> None:
     """For people as tables, for machines as one entry of the log."""
     if not plain:
-        fields = {"machine": {**machine["uses"], "warnings": machine["warnings"]}, "model": facts, "address": address}
+        fields = {"machine": {**machine["uses"], "warnings": machine["warnings"]}, "model": facts}
         _log.info("loaded; warming up", extra={"fields": fields})
         return
     from rich.console import Console
@@ -117,4 +138,3 @@ def _tell(machine: dict[str, Any], facts: dict[str, Any], address: str, *, plain
     for name, value in facts.items():
         table.add_row(name, str(value))
     console.print(table)
-    console.print(f"\nListening at [bold]{address}[/]; Ctrl-C or SIGTERM ends it, a second one at once.")

@@ -46,9 +46,11 @@ def test_percentiles_and_rates_count_what_was_seen() -> None:
     assert level["first_token_ms"]["p50"] == pytest.approx(200)
     assert level["token_ms"]["p99"] == pytest.approx(10)  # of those who stayed
     assert level["tokens_per_s"] == pytest.approx(43 / 2)
-    table = markdown(results())
-    assert "| 32 | 6 (1) | 200, 380, 396 | 10, 10, 10 | 22 | 230 | 1 |" in table
-    assert "**0.90**" in table
+    for language in ("en", "zh"):
+        table = markdown(results(), "load.svg", language)
+        assert "| 32 | 6 (1) | 200, 380, 396 | 10, 10, 10 | 22 | 230 | 1 |" in table
+        assert "**0.90**" in table
+        assert "](load.svg)" in table
 
 
 def test_the_chart_is_a_picture(tmp_path: Path) -> None:
@@ -59,7 +61,9 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
 def test_a_short_run_finds_nothing_held_afterwards(smollm2: Path, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "serving.md").write_text("before\n<!-- load: begin -->\nold\n<!-- load: end -->\nafter\n")
+    pages = [docs / "serving.md", docs / "serving.zh.md"]
+    for page in pages:
+        page.write_text("before\n<!-- load: begin -->\nold\n<!-- load: end -->\nafter\n")
     program = [sys.executable, str(ROOT / "benchmarks" / "serve.py"), "smollm2"]
     options = ["--clients", "3", "--requests", "1", "--rounds", "1", "--share-at", "2"]
     places = ["--docs", str(docs), "--log", str(tmp_path / "log")]
@@ -68,8 +72,8 @@ def test_a_short_run_finds_nothing_held_afterwards(smollm2: Path, tmp_path: Path
     level = json.loads(done.stderr.splitlines()[0])
     assert level["requests"] == 12
     assert level["errors"] == []
-    text = (docs / "serving.md").read_text()
-    assert re.fullmatch(r"before\n<!-- load: begin -->\n\| clients .*<!-- load: end -->\nafter\n", text, re.DOTALL)
+    inserted = re.compile(r"before\n<!-- load: begin -->\n!\[.*\n\| 3 \| 12 .*<!-- load: end -->\nafter\n", re.DOTALL)
+    assert all(inserted.fullmatch(page.read_text(encoding="utf-8")) for page in pages)
     assert (docs / "serving-load.svg").stat().st_size > 5000
 
 

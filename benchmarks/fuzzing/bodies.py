@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -143,7 +144,7 @@ class Bodies:
         body = {**self._common(), "messages": [*turns, {"role": "user", "content": self._content()}]}
         if random.random() < 0.2:
             body |= {"logprobs": True, "top_logprobs": random.randint(0, 20)}
-        schema, form = random.choice(_SCHEMAS), random.random()
+        schema, form = deepcopy(random.choice(_SCHEMAS)), random.random()
         if form < 0.15:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         elif form < 0.2:
@@ -179,6 +180,6 @@ class Bodies:
         elif choice < 0.3:
             where[random.choice(("foo", "functions", "best_of", "prompt_logprobs", "__class__", "", "\ud800"))] = 1
         elif choice < 0.5 and isinstance(value, list) and value:
-            value[random.randrange(len(value))] = random.choice(_ODD)
+            value[random.randrange(len(value))] = deepcopy(random.choice(_ODD))
         else:
-            where[name] = random.choice(_ODD)
+            where[name] = deepcopy(random.choice(_ODD))

@@ -63,6 +63,7 @@ def serve(
     ] = None,
     max_texts: Annotated[Count, typer.Option(help="Prompts times n of a request (default: 128).")] = None,
     max_n: Annotated[Count, typer.Option(help="Answers to a prompt (default: 16).")] = None,
+    max_logprobs: Annotated[Count, typer.Option(help="Log probabilities of a request (default: 1000000).")] = None,
     max_messages: Annotated[Count, typer.Option(help="Of a chat (default: 2048).")] = None,
     max_stops: Annotated[Count, typer.Option(help="Stop strings (default: 16).")] = None,
     max_stop_chars: Annotated[Count, typer.Option(help="Of a stop string (default: 256).")] = None,

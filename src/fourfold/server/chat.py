@@ -20,7 +20,7 @@ from fourfold.server.limits import check_count, check_depth
 from fourfold.server.protocol import AssistantMessage, ChatRequest, Content, Message, NamedToolChoice, ToolMessage
 from fourfold.server.replies import STREAMED, EventStream, JsonReply, closing_with_client
 from fourfold.server.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice
-from fourfold.server.sampling_fields import check_sampling, sampling_params
+from fourfold.server.sampling_fields import check_logprobs, check_sampling, sampling_params
 from fourfold.server.service import Service, new_id, service_of
 from fourfold.server.usage import usage_of
 from fourfold.server.worker import Job, JobFailed
@@ -42,7 +42,9 @@ async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Respon
     max_tokens = min(body.max_completion_tokens or body.max_tokens or room, room)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = [sampling_params(body, i, max_tokens, logprobs) for i in range(n)]
-    job = await service.submit([Request(ids, each, form.matcher() if form else None) for each in params])
+    requests = [Request(ids, each, form.matcher() if form else None) for each in params]
+    check_logprobs(requests, service.limits, "top_logprobs")
+    job = await service.submit(requests)
     answers = [Answer(i, tools, bool(body.logprobs), service.tokenizer.vocabulary) for i in range(n)]
     reply = _Reply(body, job, service)
     if body.stream:

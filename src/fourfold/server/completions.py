@@ -18,7 +18,7 @@ from fourfold.server.logprobs import CompletionScores
 from fourfold.server.protocol import CompletionRequest
 from fourfold.server.replies import STREAMED, EventStream, JsonReply, closing_with_client
 from fourfold.server.responses import Completion, CompletionChoice, CompletionLogprobs, FinishReason
-from fourfold.server.sampling_fields import check_sampling, sampling_params
+from fourfold.server.sampling_fields import check_logprobs, check_sampling, sampling_params
 from fourfold.server.service import Service, new_id, service_of
 from fourfold.server.usage import usage_of
 from fourfold.server.worker import Job, JobFailed
@@ -43,7 +43,9 @@ async def create_completion(body: CompletionRequest, http: HttpRequest) -> Respo
     prompts = await service.in_thread(_prompts, body, service)
     n = body.n or 1
     check_count(len(prompts) * n, service.limits.max_texts, "texts (prompts times n)", "prompt")
-    job = await service.submit([_request(body, prompt, i, service) for prompt in prompts for i in range(n)])
+    requests = [_request(body, prompt, i, service) for prompt in prompts for i in range(n)]
+    check_logprobs(requests, service.limits, "logprobs")
+    job = await service.submit(requests)
     texts = [_Text(body, prompt, service) for prompt in prompts for _ in range(n)]
     reply = _Reply(body, job, service)
     if body.stream:
@@ -140,9 +142,9 @@ class _Reply:
 def _joined(first: CompletionLogprobs | None, then: CompletionLogprobs | None) -> CompletionLogprobs | None:
     if first is None or then is None:
         return first or then
-    return CompletionLogprobs(
-        text_offset=first.text_offset + then.text_offset,
-        token_logprobs=first.token_logprobs + then.token_logprobs,
-        tokens=first.tokens + then.tokens,
-        top_logprobs=None if first.top_logprobs is None else first.top_logprobs + (then.top_logprobs or []),
-    )
+    first.text_offset += then.text_offset  # in place: copies would take time by the square of the answer's length
+    first.token_logprobs += then.token_logprobs
+    first.tokens += then.tokens
+    if first.top_logprobs is not None:
+        first.top_logprobs += then.top_logprobs or []
+    return first

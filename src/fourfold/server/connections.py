@@ -41,7 +41,10 @@ class Connection(H11Protocol):
                 self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
-        """In place of uvicorn's plain text, and nothing where an answer has begun."""
+        """In place of uvicorn's plain text, and of what the application says to a body that goes wrong."""
+        if self._is_busy:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self._refuse(ApiError(400, msg))
 
     def pause_writing(self) -> None:
@@ -70,8 +73,8 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, error: ApiError) -> None:
-        """Without the application, which sees no part of it, and the last word on this connection."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self._is_busy:
+        """The last word on this connection, where no answer has begun; not the application's."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             reply = JSONResponse(
                 error.body(), error.status_code, headers={**(error.headers or {}), "Connection": "close"}
             )

@@ -23,6 +23,7 @@ class Limits:
     unread_seconds: float = 60.0  # that a client may leave an answer unread
     max_texts: int = 128  # prompts times n of one request
     max_n: int = 16
+    max_logprobs: int = 1_000_000  # of one request: of each token one, and one for each alternative
     max_messages: int = 2048
     max_stops: int = 16
     max_stop_chars: int = 256

@@ -13,6 +13,7 @@ from fourfold.errors import UserError
 from fourfold.scheduler import Limits as StepLimits
 from fourfold.server.errors import explain
 from fourfold.server.limits import Limits
+from fourfold.server.protocol import MOST_ENTRIES
 
 DEFAULTS = Limits()
 
@@ -54,12 +55,13 @@ class ServeOptions(BaseModel):
     unread_seconds: float = Field(DEFAULTS.unread_seconds, gt=0)
     max_body_bytes: int = Field(DEFAULTS.max_body_bytes, ge=1024)
     body_seconds: float = Field(DEFAULTS.body_seconds, gt=0)
-    max_texts: int = Field(DEFAULTS.max_texts, ge=1)
+    max_texts: int = Field(DEFAULTS.max_texts, ge=1, le=MOST_ENTRIES)
     max_n: int = Field(DEFAULTS.max_n, ge=1)
+    max_logprobs: int = Field(DEFAULTS.max_logprobs, ge=0)
     max_messages: int = Field(DEFAULTS.max_messages, ge=1)
     max_stops: int = Field(DEFAULTS.max_stops, ge=1)
     max_stop_chars: int = Field(DEFAULTS.max_stop_chars, ge=1)
-    max_biases: int = Field(DEFAULTS.max_biases, ge=0)
+    max_biases: int = Field(DEFAULTS.max_biases, ge=0, le=MOST_ENTRIES)
     max_tools: int = Field(DEFAULTS.max_tools, ge=0)
     max_schema_bytes: int = Field(DEFAULTS.max_schema_bytes, ge=0)
     max_schema_depth: int = Field(DEFAULTS.max_schema_depth, ge=1, le=100)

@@ -7,11 +7,13 @@ OpenAI's own interface either. Ranges that OpenAI fixes stand here; those that a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -23,10 +25,41 @@ FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 INT64 = 2**63
 
 
+MOST_FIELDS, MOST_ENTRIES = 64, 10_000
+
+Item = TypeVar("Item")
+Entries = TypeVar("Entries")
+
+
+class _FirstComplaint(FailFast):
+    """pydantic would collect one for each of a million items, at a kilobyte and twenty microseconds."""
+
+    __hash__ = object.__hash__  # as unions want it
+
+
+List = Annotated[list[Item], _FirstComplaint()]
+
+
+def _not_too_many(value: object) -> object:
+    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+        raise ValueError(f"has {len(value)} entries, more than {MOST_ENTRIES}")
+    return value
+
+
+Few = Annotated[Entries, BeforeValidator(_not_too_many)]  # of a dictionary, for the same reason
+
+
 class Strict(BaseModel):
     """No field is ignored, no type converted, no number infinite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"has {len(value)} fields, more than there are")
+        return value
 
 
 class StreamOptions(Strict):
@@ -43,11 +76,11 @@ class SamplingFields(Strict):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token. Missing: 1.")
     top_p: float | None = Field(None, ge=0, le=1, description="Missing: 1. 0: the likeliest token alone.")
-    stop: str | list[str] | None = Field(None, description="The answer ends before any of these.")
+    stop: str | List[str] | None = Field(None, description="The answer ends before any of these.")
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="The same seed, the same answers.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: Few[dict[str, Annotated[float, Field(ge=-100, le=100)]]] | None = Field(
         None, description="Token ids, as text, and what is added to their logits."
     )
     user: str | None = Field(None, description="Changes nothing.")
@@ -70,7 +103,7 @@ class SamplingFields(Strict):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | List[str] | List[int] | List[List[int]] = Field(
         description="A text, several, the token ids of one, or of several."
     )
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Missing: 16. 0: with echo, only the prompt.")
@@ -84,6 +117,8 @@ class CompletionRequest(SamplingFields):
     @classmethod
     def _one_complaint(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
         """In place of one for each form that a prompt may have."""
+        if isinstance(value, list) and len(value) > MOST_ENTRIES and not isinstance(value[0], int):
+            raise ValueError(f"has {len(value)} prompts, more than {MOST_ENTRIES}")
         try:
             return check(value)
         except ValidationError:
@@ -101,7 +136,7 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | List[TextPart]
 
 
 class FunctionCall(Strict):
@@ -130,7 +165,7 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: List[ToolCall] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -188,19 +223,19 @@ class ResponseFormat(Strict):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Missing: what the context has room for.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: List[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = Field(None, description="Missing: true.")
-    metadata: dict[str, str] | None = Field(None, description="Changes nothing: nothing is stored.")
+    metadata: Few[dict[str, str]] | None = Field(None, description="Changes nothing: nothing is stored.")
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    modalities: Annotated[List[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     prompt_cache_key: str | None = Field(None, description="Changes nothing: prefixes are always reused.")
     safety_identifier: str | None = Field(None, description="Changes nothing.")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fourfold.errors import UserError
+from fourfold.request import Request
 from fourfold.sampling import SamplingParams
 from fourfold.server.errors import bad_request
 from fourfold.server.limits import Limits, check_count, check_stops
@@ -48,6 +50,16 @@ def sampling_params(body: SamplingFields, index: int, max_tokens: int, logprobs:
         )
     except UserError as error:
         raise bad_request(str(error)) from None
+
+
+def check_logprobs(requests: Sequence[Request], limits: Limits, param: str) -> None:
+    """Raises a 400 for more than the limits allow: each takes memory until the whole answer is sent."""
+    count = 0
+    for request in requests:
+        if (alternatives := request.params.logprobs) is not None:
+            scored = len(request.prompt) if request.prompt_logprobs else 0
+            count += (scored + request.params.max_tokens) * (1 + alternatives)
+    check_count(count, limits.max_logprobs, "log probabilities", param)
 
 
 def stops_of(body: SamplingFields) -> list[str]:

@@ -5,7 +5,7 @@
 
 Clients send prompts of 16 to 2,000 tokens, arrive as a Poisson process, and one in ten hangs up amid its answer.
 Afterwards nothing may be held any more. The table goes to standard output, and with --docs between two marks of
-docs/serving.md, the chart to docs/serving-load.svg beside it.
+docs/serving.md and docs/serving.zh.md, the chart to docs/serving-load.svg beside them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from load.server import Server, serving
 from load.traffic import traffic
 
 THINK_SECONDS, LEAVING = 0.5, 0.1
+PAGES, CHART = {"serving.md": "en", "serving.zh.md": "zh"}, "serving-load.svg"
 BEGIN, END = "<!-- load: begin -->", "<!-- load: end -->"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -63,10 +64,11 @@ def serve(
         facts = llm.describe()
     title = f"{model} in {facts['format']}, {facts['threads']} threads, {facts['isa']}"
     results = {"title": title, "levels": levels, "share": share}
-    typer.echo(markdown(results))
+    typer.echo(markdown(results, CHART))
     if docs is not None:
-        _insert(docs / "serving.md", markdown(results))
-        chart(results, docs / "serving-load.svg")
+        for page, language in PAGES.items():
+            _insert(docs / page, markdown(results, CHART, language))
+        chart(results, docs / CHART)
 
 
 def _share(llm: LLM, server: Server, clients: int, requests: int, rounds: int, speculates: bool) -> dict[str, Any]:

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 
 from fourfold import bench, cli
-from fourfold.bench import conversion, limits, matrix, model, reduction
+from fourfold.bench import conversion, limits, matrix, model, reduction, speculation
 from fourfold.checkpoint import open_source
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
+from fourfold.generation import Generation
 from fourfold.machine import read_machine
 from fourfold.models.shapes import SHAPES
 from fourfold.quantize import convert
+from fourfold.request import Request
+from fourfold.steploop import StepLoop
 from fourfold.synth import synthesize
 from tiny import CONFIG, QWEN2, tensors, write_huggingface
 
@@ -253,6 +256,36 @@ def test_a_model_is_not_measured_at_what_it_cannot_do(options: dict[str, Any], m
     for measure in (bench.decode, bench.prefill):
         with pytest.raises(UserError, match=message):
             measure(model=str(tiny_model), **options)
+
+
+def test_speculate_compares_the_same_texts(run: Run, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "PLAIN", {"story": speculation.PLAIN["story"]})
+    result = run("speculate", "--tokens", "24", "--repeats", "2")
+    assert [row["text"] for row in result["rows"]] == ["code editing", "extraction", "story"]
+    assert [row["prescribed"] for row in result["rows"]] == [True, True, False]
+    for row in result["rows"]:
+        assert is_spread(row["ratio"])
+        assert is_spread(row["tokens_per_s"])
+        assert 0 <= row["accepted"] <= row["drafted"]
+    assert result["rows"][0]["accepted"] > 0
+
+
+def test_drafts_that_change_a_text_have_no_figures(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = speculation._run
+
+    def altered(loop: StepLoop, request: Request) -> Generation:
+        g = run(loop, request)
+        g.ids[-1] += loop._speculation is not None
+        return g
+
+    monkeypatch.setattr(speculation, "_run", altered)
+    with pytest.raises(RuntimeFailure, match="drafts changed the text of 'code editing'"):
+        speculation.speculate(tokens=4, repeats=1)
+
+
+def test_speculate_refuses_a_model_that_cannot_be_asked(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="has no chat template"):
+        speculation.speculate(model=str(tiny_model), tokens=4, repeats=1)
 
 
 def test_load_counts_time_and_memory(run: Run, tiny_model: Path) -> None:

@@ -34,26 +34,35 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(seconds, p)) * 1e3 if seconds else float("nan") for p in PERCENTILES}
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """A table of all levels, and the offline figure."""
-    lines = [
-        "| clients | requests (left) | first token, ms: p50, p95, p99 | a token, ms: p50, p95, p99 | tokens/s | prompt "
-        "tokens/s | errors |",
-        "|---|---|---|---|---|---|---|",
-    ]
+WORDS = {
+    "en": {
+        "head": "| clients | requests (left) | first token, ms: p50, p95, p99 | a token, ms: p50, p95, p99 | "
+        "tokens/s | prompt tokens/s | errors |",
+        "share": "The same {requests} requests at {clients} clients who stay and do not think: {served:.0f} tokens/s "
+        "served, {offline:.0f} offline (medians of {rounds}): **{ratio:.2f}**.",
+        "chart": "Latencies and tokens a second by the number of clients",
+    },
+    "zh": {
+        "head": "| 客户端数 | 请求数（中途离开） | 首个 token，ms：p50、p95、p99 | 每个 token，ms：p50、p95、p99 | "
+        "token/s | 提示 token/s | 错误 |",
+        "share": "同样的 {requests} 个请求，由 {clients} 个既不停顿也不离开的客户端发出：服务器 {served:.0f} token/s，"
+        "离线 {offline:.0f} token/s（{rounds} 次的中位数）：**{ratio:.2f}**。",
+        "chart": "延迟与每秒 token 数随客户端数的变化",
+    },
+}
+
+
+def markdown(results: Mapping[str, Any], chart_file: str, language: str = "en") -> str:
+    """The chart, a table of all levels, and the offline figure; in "en" or "zh"."""
+    words = WORDS[language]
+    lines = [f"![{words['chart']}]({chart_file})", "", words["head"], "|---|---|---|---|---|---|---|"]
     for level in results["levels"]:
         first, token = (", ".join(f"{v:.0f}" for v in level[k].values()) for k in ("first_token_ms", "token_ms"))
         lines.append(
             f"| {level['clients']} | {level['requests']} ({level['left']}) | {first} | {token} | "
             f"{level['tokens_per_s']:.0f} | {level['prompt_tokens_per_s']:.0f} | {len(level['errors'])} |"
         )
-    share = results["share"]
-    lines.append(
-        f"\nThe same {share['requests']} requests at {share['clients']} clients who stay and do not think: "
-        f"{share['served']:.0f} tokens/s served, {share['offline']:.0f} offline (medians of {share['rounds']}): "
-        f"**{share['ratio']:.2f}**."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", words["share"].format(**results["share"])])
 
 
 def chart(results: Mapping[str, Any], path: Path) -> None:

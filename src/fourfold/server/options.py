@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fourfold.errors import UserError
+from fourfold.scheduler import MOST_RUNNING
 from fourfold.scheduler import Limits as StepLimits
 from fourfold.server.errors import explain
 from fourfold.server.limits import Limits
@@ -41,7 +42,7 @@ class ServeOptions(BaseModel):
     root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # below which a proxy mounts the server
     cors_origin: list[str] = []
     # the step loop
-    max_running: int = Field(32, ge=1, le=4096)
+    max_running: int = Field(32, ge=1, le=MOST_RUNNING)
     max_waiting: int = Field(128, ge=0, le=1_000_000)
     max_wait_seconds: float = Field(600.0, gt=0)
     prompt_chunk: int = Field(512, ge=64, le=512)

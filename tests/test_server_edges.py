@@ -15,6 +15,7 @@ import pytest
 
 from fourfold.errors import RuntimeFailure
 from fourfold.scheduler import Limits as StepLimits
+from fourfold.server.hosts import LOCAL
 from serving import ASK, MODEL, Served, messages, served
 
 KEY = "k" * 32
@@ -186,6 +187,18 @@ def test_pages_elsewhere_may_not_ask_unless_named() -> None:
         assert reply.headers["access-control-allow-origin"] == "https://a.example"
         other = server.http.options("/v1/chat/completions", headers={**asked, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_another_name_that_leads_here_is_refused() -> None:
+    """Of a page whose owner has its name lead to 127.0.0.1: to the browser they are one origin."""
+    with served(hosts=LOCAL | {"chat.example"}) as server:
+        for name in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::2]:80", "localhost.evil"):
+            reply = server.http.post("/v1/chat/completions", json=ASK, headers={"Host": name})
+            status, sentence, _ = messages(reply)
+            assert (status, "--allowed-host NAME" in sentence) == (403, True)
+            assert server.http.get("/health", headers={"Host": name}).status_code == 200
+        for name in ("localhost", "LOCALHOST:8000", "[::1]:8000", "127.0.0.1", "chat.example:443", "localhost."):
+            assert server.http.get("/v1/models", headers={"Host": name}).status_code == 200
 
 
 def test_the_page_and_its_policy() -> None:

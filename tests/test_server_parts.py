@@ -156,7 +156,7 @@ def test_a_model_must_be_named() -> None:
 
 
 def test_log_lines() -> None:
-    record = logging.LogRecord("x", logging.WARNING, "f", 1, "GET %s", ("/a\nb",), None)
+    record = logging.LogRecord("x", logging.WARNING, "f", 1, "GET %s", ("/a\nb\x1b[2J\ud800",), None)
     record.fields = {"status": 500}
     token = request_id.set("req-1")
     try:
@@ -164,9 +164,9 @@ def test_log_lines() -> None:
         plain = PlainLines().format(record)
     finally:
         request_id.reset(token)
-    assert (entry["level"], entry["message"], entry["status"]) == ("warning", "GET /a\nb", 500)
+    assert (entry["level"], entry["message"], entry["status"]) == ("warning", "GET /a\nb\x1b[2J\ud800", 500)
     assert entry["request_id"] == "req-1"
-    assert plain.endswith("warning: GET /a\nb status=500 [req-1]")
+    assert plain.endswith("warning: GET /a\\nb\\x1b[2J\\ud800 status=500 [req-1]")
 
 
 def test_templates_are_told_of_tools_and_calls() -> None:

@@ -112,7 +112,7 @@ class Bodies:
             "seed": random.randint(-(2**63), 2**63 - 1),
             "presence_penalty": random.uniform(-2, 2),
             "frequency_penalty": random.choice((-2, 0, 2)),
-            "logit_bias": {str(random.randrange(300)): random.choice((-100, 100, 0.5)) for _ in range(8)},
+            "logit_bias": {str(random.randrange(250)): random.choice((-100, 100, 0.5)) for _ in range(8)},
             "user": self.text(3),
             "top_k": random.choice((1, 2, 50, 2**31 - 1)),
             "min_p": random.choice((0, 0.05, 1)),

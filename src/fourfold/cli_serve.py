@@ -28,6 +28,9 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A web page elsewhere that may ask; none by default.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which it may be asked, where there is no key; local ones may.")
+    ] = None,
     format: Format = None,
     ranks: Ranks = None,
     threads: Threads = None,

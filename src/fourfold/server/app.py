@@ -11,6 +11,7 @@ from fourfold.server import chat, completions, operations
 from fourfold.server.auth import OPEN_PATHS, Auth, Keys
 from fourfold.server.errors import ErrorBody, install_handlers
 from fourfold.server.gate import Gate
+from fourfold.server.hosts import Hosts
 from fourfold.server.limits import BodyLimit
 from fourfold.server.log import RequestLog
 from fourfold.server.page import OPEN_PATHS as PAGE_PATHS
@@ -23,8 +24,18 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, keys: Keys, *, root_path: str = "", origins: tuple[str, ...] = ()) -> FastAPI:
-    """`root_path`: below which a proxy mounts it. `origins`: web pages that may ask from elsewhere; none by default."""
+def make_app(
+    service: Service,
+    keys: Keys,
+    *,
+    root_path: str = "",
+    origins: tuple[str, ...] = (),
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:
+    """`root_path`: below which a proxy mounts it. `origins`: web pages that may ask from elsewhere; none by default.
+
+    `hosts`: by which names it may be asked; None: by any.
+    """
     import fourfold
 
     middleware = [
@@ -33,6 +44,8 @@ def make_app(service: Service, keys: Keys, *, root_path: str = "", origins: tupl
         Middleware(Gate, service=service),
         Middleware(BodyLimit, limits=service.limits),
     ]
+    if hosts is not None:
+        middleware.insert(1, Middleware(Hosts, names=hosts))
     if origins:
         from starlette.middleware.cors import CORSMiddleware
 

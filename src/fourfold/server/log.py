@@ -51,7 +51,12 @@ class PlainLines(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         current = f" [{request_id.get()}]" if request_id.get() else ""
         trace = "\n" + self.formatException(record.exc_info) if record.exc_info else ""
-        return f"{time} {level}{record.getMessage()}{fields}{current}{trace}"
+        return f"{time} {level}{_in_one_line(record.getMessage())}{fields}{current}{trace}"
+
+
+def _in_one_line(text: str) -> str:
+    """Whatever a client put in a path: it neither forges lines nor steers a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def is_plain(form: LogFormat) -> bool:

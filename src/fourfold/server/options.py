@@ -41,6 +41,7 @@ class ServeOptions(BaseModel):
     api_key_file: str | None = None
     root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # below which a proxy mounts the server
     cors_origin: list[str] = []
+    allowed_host: list[str] = []
     # the step loop
     max_running: int = Field(32, ge=1, le=MOST_RUNNING)
     max_waiting: int = Field(128, ge=0, le=1_000_000)

@@ -19,6 +19,7 @@ from fourfold.machine import read_machine
 from fourfold.progress import warn
 from fourfold.server.app import make_app
 from fourfold.server.auth import VARIABLE, Keys
+from fourfold.server.hosts import LOCAL
 from fourfold.server.log import is_plain, start_logging
 from fourfold.server.metrics import Metrics
 from fourfold.server.options import ServeOptions
@@ -68,7 +69,10 @@ def _load(options: ServeOptions, keys: Keys, held: ExitStack) -> tuple[Service, 
         raise
     held.callback(_close, llm, service)
     _tell(machine_report, _facts(service, options), plain=is_plain(options.log_format))
-    return service, make_app(service, keys, root_path=options.root_path, origins=tuple(options.cors_origin))
+    only_named = options.allowed_host or (options.is_local and not keys)
+    hosts = LOCAL | {name.lower() for name in (options.host, *options.allowed_host)} if only_named else None
+    origins = tuple(options.cors_origin)
+    return service, make_app(service, keys, root_path=options.root_path, origins=origins, hosts=hosts)
 
 
 def _close(llm: LLM, service: Service) -> None:

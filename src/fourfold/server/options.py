@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,10 @@ class ServeOptions(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        """Those of requests."""
-        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        """Those of requests. Of more texts than may run and wait, a request could never be taken."""
+        limits = Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        most = self.max_running + self.max_waiting
+        return replace(limits, max_texts=min(limits.max_texts, most), max_n=min(limits.max_n, most))
 
     @property
     def step_limits(self) -> StepLimits:

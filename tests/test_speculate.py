@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.draft import DraftModel, check_same_tokenizer
-from fourfold.engine import MOST_BACK, Engine
+from fourfold.engine import MOST_BACK, Engine, Feed
 from fourfold.errors import UserError
 from fourfold.generation import Generation
 from fourfold.kvcache import PagePool
@@ -80,16 +81,16 @@ def test_a_text_that_has_ended_is_forgotten() -> None:
 
 def test_the_cost_of_a_step_is_what_was_measured_and_straight_lines_between() -> None:
     cost = StepCost()
-    assert cost.seconds(3) == pytest.approx(1.5)
+    assert cost.seconds(np.array(3)) == pytest.approx(1.5)
     cost.observe(2, 10.0)
-    assert cost.seconds(2) == 10.0
-    assert cost.seconds(6) == pytest.approx(10 + 4 * 0.25 * 8)
-    assert cost.seconds(1) == pytest.approx(8)
+    assert cost.seconds(np.array(2)) == 10.0
+    assert cost.seconds(np.array(6)) == pytest.approx(10 + 4 * 0.25 * 8)
+    assert cost.seconds(np.array(1)) == pytest.approx(8)
     cost.observe(6, 30.0)
-    assert cost.seconds(3) == pytest.approx(15)
-    assert cost.seconds(7) > 30
+    assert cost.seconds(np.array(3)) == pytest.approx(15)
+    assert cost.seconds(np.array(7)) > 30
     cost.observe(6, 20.0)
-    assert 20 < cost.seconds(6) < 30
+    assert 20 < cost.seconds(np.array(6)) < 30
 
 
 def test_a_cost_that_was_not_measured_for_long_is_forgotten() -> None:
@@ -97,7 +98,7 @@ def test_a_cost_that_was_not_measured_for_long_is_forgotten() -> None:
     cost.observe(4, 100.0)  # the machine was busy
     for _ in range(StepCost.MEMORY + 1):
         cost.observe(1, 1.0)
-    assert cost.seconds(4) < 2
+    assert cost.seconds(np.array(4)) < 2
 
 
 def counts(acceptances: list[float], *, row: float = 0.1, room: int = 15, seconds: Sequence[float] = ()) -> list[int]:
@@ -234,6 +235,24 @@ def test_a_small_model_without_room_is_no_help_and_no_harm(
         assert answers(StepLoop(large, IDS, speculation=speculation(DraftModel.of(small, IDS, IDS)))) == expected
         pool.check_integrity()
         assert pool.n_held == 0
+
+
+def test_a_small_model_without_room_does_not_read_in_vain(
+    large: Engine, small: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "pool", PagePool(10, 6, 64))
+    fed, step = [0], small.step
+
+    def counted(feeds: Sequence[Feed], **options: Any) -> Any:
+        fed[0] += sum(len(feed.ids) for feed in feeds)
+        return step(feeds, **options)
+
+    monkeypatch.setattr(small, "step", counted)
+    large.pool.forget()
+    loop = StepLoop(large, IDS, speculation=Eager(DraftModel.of(small, IDS, IDS), MOST_BACK))
+    answers(loop)
+    assert loop.stats().drafted > 0
+    assert fed[0] < 3 * sum(len(p) + 60 for p in PROMPTS)
 
 
 def test_models_of_two_tokenizers_are_refused(shared: Path) -> None:

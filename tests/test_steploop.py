@@ -261,6 +261,48 @@ def test_waiting_has_an_end(engine: Engine) -> None:
     assert {u.finish for u in finish(loop)} == {None, "length"}
 
 
+def test_whoever_has_waited_too_long_is_not_taken_after_all(engine: Engine) -> None:
+    loop = loop_of(engine, Limits(max_running=1, max_wait_seconds=100.0))
+    late = loop.add(request(5, 2))
+    loop._added[late] -= 1000  # and there is a place
+    (update,) = finish(loop)
+    assert (update.generation, update.finish, update.ids) == (late, "error", ())
+
+
+def test_a_text_that_gave_way_does_not_expire(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_pages(engine, monkeypatch, 6)
+    loop = loop_of(engine, Limits(max_wait_seconds=1000.0, prefix_cache="off"))
+    generations = [loop.add(request(30, 180, i)) for i in range(3)]
+    for _ in range(20):
+        loop.step()
+    for g in generations:
+        loop._added[g] -= 10_000
+    assert {u.finish for u in finish(loop)} == {None, "length"}
+    assert loop.stats().preemptions > 0
+
+
+def test_an_answers_positions_are_never_anothers_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only prompts are shared: what a text computes again after giving way is computed by the same kernels."""
+    first, third = request(100, 200), request(60, 180, 9)
+    (answer,) = alone(engine, [first])
+    branch = Request((*first.prompt, *answer[:110]), SamplingParams(max_tokens=150))
+    expected = alone(engine, [branch, first, third])
+    for n_pages in (9, 11):
+        with_pages(engine, monkeypatch, n_pages)
+        loop = loop_of(engine, Limits(prefix_cache="prompts"))
+        assert texts(loop, [branch, first, third]) == expected
+        assert loop.stats().preemptions > 0
+    going_on = Generation(first, NoTokenizer(VOCAB, ()), 512)
+    going_on.ids += answer
+    assert len(loop._scheduler._shareable(going_on)) == 100 // 64
+
+
+def test_more_texts_than_a_step_has_rows_for_are_refused() -> None:
+    for n in (0, 257):
+        with pytest.raises(UserError, match=f"max_running must be from 1 to 256, not {n}"):
+            Limits(max_running=n)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [((), "the prompt is empty"), ((512,), "are not all the model's"), ((1,) * 513, "513 tokens but the context only")],

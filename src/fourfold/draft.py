@@ -12,6 +12,8 @@ from fourfold.generation import Generation
 from fourfold.kvcache import Sequence
 from fourfold.tokenizer import NoTokenizer, Tokenizer
 
+READ_AT_ONCE = 256  # ids of prompts a step
+
 
 @dataclass
 class _Follower:
@@ -19,6 +21,7 @@ class _Follower:
 
     sequence: Sequence
     read: list[int] = field(default_factory=list)  # ids in its cache, drafted ones among them
+    n_agreeing: int = 0  # the first of them, that are known to be the text's
 
 
 class DraftModel:
@@ -28,6 +31,8 @@ class DraftModel:
         """`n_ids`: what both models' tokenizer has; the rest of a vocabulary is padding."""
         self._engine, self._n_ids = engine, n_ids
         self._followers: dict[Generation, _Follower] = {}
+        self._refused: set[Generation] = set()  # had no room
+        self._budget = 0  # ids of prompts that may still be read in this step
         self._row_seconds = 0.0  # of a drafted id, lately
 
     @classmethod
@@ -43,37 +48,35 @@ class DraftModel:
         self._engine.close()
 
     def propose(self, texts: Ids[Generation], most: Ids[int]) -> list[list[int]]:
-        """At most so many ids for each text; none for those whose text the small model has no room for."""
+        """At most so many ids for each text; none while it is still reading one, or has no room for it."""
         drafts: list[list[int]] = [[] for _ in texts]
+        most_texts = MAX_STEP_TOKENS // (MOST_BACK + 1)  # which may be so far behind each
+        self._budget = READ_AT_ONCE
+        behind = [i for i, n in enumerate(most) if n > 0 and self._catch_up(texts[i], n)][:most_texts]
         began = perf_counter()
-        try:
-            most_texts = MAX_STEP_TOKENS // (MOST_BACK + 1)  # which may be so far behind each
-            behind = [i for i, n in enumerate(most) if n > 0 and self._catch_up(texts[i])][:most_texts]
-            while behind:
-                feeds = [self._next(texts[i], drafts[i]) for i in behind]
-                logits = self._engine.step(feeds, tokens="few", outputs="few")
-                likeliest = logits[:, : self._n_ids].argmax(axis=1)
-                for i, feed, token_id in zip(behind, feeds, likeliest.tolist(), strict=True):
-                    self._followers[texts[i]].read += feed.ids
-                    drafts[i].append(token_id)
-                behind = [i for i in behind if len(drafts[i]) < most[i]]
-        except ResourceError:  # its cache is full: go without
-            self._drop_all()
-            return [[] for _ in texts]
-        n_drafted = sum(map(len, drafts))
-        if n_drafted:
+        while behind:
+            feeds = [self._next(texts[i], drafts[i]) for i in behind]
+            logits = self._engine.step(feeds, tokens="few", outputs="few")
+            likeliest = logits[:, : self._n_ids].argmax(axis=1)
+            for i, feed, token_id in zip(behind, feeds, likeliest.tolist(), strict=True):
+                self._followers[texts[i]].read += feed.ids
+                drafts[i].append(token_id)
+            behind = [i for i in behind if len(drafts[i]) < most[i]]
+        if n_drafted := sum(map(len, drafts)):
             each = (perf_counter() - began) / n_drafted
             self._row_seconds += (each - self._row_seconds) * (0.1 if self._row_seconds else 1)
         return drafts
 
     def forget(self, text: Generation) -> None:
-        """Its pages are given back."""
+        """Its pages are given back, and those who had no room may try again."""
+        self._refused.discard(text)
         follower = self._followers.pop(text, None)
         if follower is not None:
             self._engine.free(follower.sequence)
+            self._refused.clear()
 
     def row_seconds(self) -> float:
-        """Seconds of a drafted id, reading what came before it included."""
+        """Seconds of a drafted id; what it takes to read a prompt is left out, being paid once."""
         return self._row_seconds
 
     def _next(self, text: Generation, drafted: list[int]) -> Feed:
@@ -82,38 +85,54 @@ class DraftModel:
         n_read, n_ids = len(follower.read), len(text.ids)
         return Feed(follower.sequence, text.ids[n_read:] + drafted if n_read < n_ids else drafted[n_read - n_ids :])
 
-    def _catch_up(self, text: Generation) -> bool:
-        """Reads all but the last few ids of a text; False where there is no room for it."""
-        if len(text.ids) + MOST_BACK >= self._engine.context:
+    def _catch_up(self, text: Generation, most: int) -> bool:
+        """Whether it has read all but the last few ids of a text and has room for so many drafts.
+
+        Reads READ_AT_ONCE ids at most, of all texts together, so that nobody waits long for another's prompt.
+        """
+        if text in self._refused or len(text.ids) + MOST_BACK >= self._engine.context:
             return False
+        follower = self._follower(text)
+        if follower is None:
+            return False
+        try:
+            self._engine.pool.reserve(follower.sequence, len(text.ids) + most)
+        except ResourceError:  # do without, until somebody has left
+            self.forget(text)
+            self._refused.add(text)
+            return False
+        while (missing := len(text.ids) - 1 - len(follower.read)) > MOST_BACK:
+            n_ids = min(missing, self._budget, MAX_STEP_TOKENS)
+            if n_ids == 0:
+                return False
+            n_read = len(follower.read)
+            ids = text.ids[n_read : n_read + n_ids]
+            self._engine.step([Feed(follower.sequence, ids, 0)], tokens="many")
+            follower.read += ids
+            follower.n_agreeing = len(follower.read)
+            self._budget -= n_ids
+        return True
+
+    def _follower(self, text: Generation) -> _Follower | None:
+        """Of that text, gone back to where its ids and the text's part; None where there is no place for one."""
         follower = self._followers.get(text)
         if follower is not None:
-            agreeing = next(
-                (i for i, (a, b) in enumerate(zip(follower.read, text.ids, strict=False)) if a != b),
-                min(len(follower.read), len(text.ids)),
-            )
-            agreeing = min(agreeing, len(text.ids) - 1)
-            back = len(follower.read) - agreeing
-            if back > MOST_BACK or agreeing < 1:
+            both = min(len(follower.read), len(text.ids) - 1)  # the last id is always read anew
+            n = follower.n_agreeing = min(follower.n_agreeing, both)
+            while n < both and follower.read[n] == text.ids[n]:
+                n += 1
+            back = len(follower.read) - n
+            if back > MOST_BACK or n < 1:
                 self.forget(text)
                 follower = None
             elif back:
-                self._engine.rewind(follower.sequence, agreeing)
-                del follower.read[agreeing:]
-        if follower is None:
-            if not self._engine.pool.has_slot:
-                return False
+                self._engine.rewind(follower.sequence, n)
+                del follower.read[n:]
+            if follower is not None:
+                follower.n_agreeing = n
+        if follower is None and self._engine.pool.has_slot:
             follower = self._followers[text] = _Follower(self._engine.new_sequence())
-        while (missing := len(text.ids) - 1 - len(follower.read)) > MOST_BACK:
-            n_read = len(follower.read)
-            ids = text.ids[n_read : n_read + min(missing, MAX_STEP_TOKENS)]
-            self._engine.step([Feed(follower.sequence, ids, 0)], tokens="many")
-            follower.read += ids
-        return True
-
-    def _drop_all(self) -> None:
-        for text in list(self._followers):
-            self.forget(text)
+        return follower
 
 
 def check_same_tokenizer(model: Tokenizer | NoTokenizer, draft: Tokenizer | NoTokenizer) -> None:

@@ -31,6 +31,7 @@ from fourfold.residency import Weights, check_address_space, choose_residency, k
 from fourfold.rotary import rotary_tables
 
 MAX_STEP_TOKENS = 512  # rows a step: longer prompts are fed in pieces
+KEPT_LOGITS = 64  # rows that every step uses again; more are allocated anew, and given back
 MAX_SEQUENCES = 32  # under way at a time, unless asked for otherwise
 DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
 
@@ -133,7 +134,7 @@ class Engine:
         except _core.StallError as error:
             raise RuntimeFailure(str(error)) from None
         self._logits_width = -(-self.config.vocab_size // 16) * 16
-        self._logits = np.empty((0, self._logits_width), np.float32)
+        self._logits = np.empty((KEPT_LOGITS, self._logits_width), np.float32)
         self._op_facts = op_facts(builder, formats, self._kv_bytes_per_token() // self.config.n_layers)
         self._profile: Profile | None = None
 
@@ -172,8 +173,8 @@ class Engine:
         """
         with self._lock:
             n_wanted = sum(feed.n_logits for feed in feeds)
-            if len(self._logits) < n_wanted:
-                self._logits = np.empty((n_wanted, self._logits_width), np.float32)
+            if n_wanted > KEPT_LOGITS:
+                return self._step(feeds, tokens, outputs, np.empty((n_wanted, self._logits_width), np.float32))
             return self._step(feeds, tokens, outputs, self._logits[:n_wanted])
 
     def _feed(self, sequence: Sequence, ids: Ids[int], *, every: bool) -> Vector:

@@ -28,7 +28,7 @@ from fourfold.progress import bar, warn
 from fourfold.request import Request, Update, check_prompt
 from fourfold.residency import WEIGHTS
 from fourfold.sampling import SamplingParams
-from fourfold.scheduler import Limits
+from fourfold.scheduler import MOST_RUNNING, Limits
 from fourfold.speculate import PromptLookup, StepCost
 from fourfold.tokenizer import NoTokenizer, Tokenizer
 
@@ -118,7 +118,9 @@ class LLM:
     ) -> None:
         self.engine, self._tokenizer, self.chat_template, self._helper = engine, tokenizer, template, helper
         self._step_cost = StepCost()  # what one loop learns of the engine's steps, the next one knows
-        limits = Limits(max_running=engine.pool.n_slots, max_waiting=MAX_SIZE, max_wait_seconds=math.inf)
+        limits = Limits(
+            max_running=min(engine.pool.n_slots, MOST_RUNNING), max_waiting=MAX_SIZE, max_wait_seconds=math.inf
+        )
         self._desk = _Desk(self.new_loop(limits))
 
     def new_loop(self, limits: Limits | None = None, *, speculates: bool = True) -> StepLoop:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fourfold.errors import QueueFull, ResourceError
+from fourfold.errors import QueueFull, ResourceError, UserError
 from fourfold.generation import FEW_PROMPT, Generation
 from fourfold.kvcache import PagePool
 
@@ -34,6 +34,11 @@ class Limits:
     # (an answer's positions are computed by other kernels than a prompt's); of none.
     prefix_cache: PrefixCache = "all"
 
+    def __post_init__(self) -> None:
+        """Raises UserError for more texts at a time than a step has rows for."""
+        if not 1 <= self.max_running <= MOST_RUNNING:
+            raise UserError(f"max_running must be from 1 to {MOST_RUNNING}, not {self.max_running}")
+
 
 @dataclass(frozen=True)
 class Share:
@@ -53,7 +58,8 @@ class Plan:
     outputs: Literal["few", "many"] = "few"  # the head's: of many where a long prompt is scored
 
 
-MOST_FEW = 256  # rows of a step for few: short prompts, and what is computed again, wait their turn beyond
+MOST_RUNNING = 256  # so many rows and MOST_FEW beside them are a step
+MOST_FEW = 256  # rows of short prompts, and of what is computed again, in a step for few; the rest wait their turn
 LEAST_CHUNK = 64  # ids of a prompt: fewer cost the kernels for many rows as much
 
 
@@ -126,7 +132,7 @@ class Scheduler:
             sequence = self._pool.new_sequence()
             self._pool.adopt(sequence, keys[:n_kept])
             needed = len(generation.ids) // self._pool.page + 1 - n_kept
-            if self.running and not self._pool.has_room(needed + len(self.running)):  # a page to grow for each
+            if self.running and not self._pool.has_room(needed + self._promised()):
                 self._pool.free(sequence)
                 return
             generation.sequence, generation.n_shared = sequence, n_kept
@@ -137,11 +143,19 @@ class Scheduler:
             insort(self.running, generation, key=lambda g: g.arrival)
             under_way |= set(generation.keys(self._pool.page, generation.n_many)[n_kept:])
 
+    def _promised(self) -> int:
+        """Pages that those under way will still write their ids to, and one more each to grow."""
+        page = self._pool.page
+        return sum(max(1, len(g.ids) // page + 1 - len(g.sequence.pages)) for g in self.running if g.sequence)
+
     def _shareable(self, generation: Generation) -> list[bytes]:
         """Keys of the pages that it could adopt: at least its last id is always computed."""
         if generation.is_scored or self.limits.prefix_cache == "off":
             return []
-        return generation.keys(self._pool.page, len(generation.ids) - 1)
+        length = len(generation.ids) - 1
+        if self.limits.prefix_cache == "prompts":  # a prompt that continues as this answer does is no answer's page
+            length = min(length, generation.n_many)
+        return generation.keys(self._pool.page, length)
 
     def _keys_under_way(self) -> set[bytes]:
         """Of prompts' pages that steps to come will fill."""
@@ -201,11 +215,11 @@ class Scheduler:
 def _few_shares(generations: Sequence[Generation]) -> list[Share]:
     """Every text's next id; of short prompts, and of what is computed again, FEW_PROMPT each while there is room."""
     shares, room = [], MOST_FEW
-    for g in sorted(generations, key=lambda g: len(g.ids) - g.computed > 1):
+    for g in generations:
         n_ids = min(FEW_PROMPT, len(g.ids) - g.computed)
-        if n_ids > room:
-            break
-        room -= n_ids
+        if n_ids > 1 and n_ids > room:
+            continue
+        room -= n_ids if n_ids > 1 else 0
         at_end = g.computed + n_ids == len(g.ids)
         shares.append(Share(g, n_ids, n_ids if g.is_scored else int(at_end)))
     return shares

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fourfold.generation import Generation
 
 
@@ -104,20 +107,15 @@ class StepCost:
         for old in [r for r, step in self._measured.items() if step < self._n_steps - self.MEMORY]:
             del self._seconds[old], self._measured[old]
 
-    def seconds(self, rows: int) -> float:
-        """What a step of so many rows takes."""
-        if rows in self._seconds:
-            return self._seconds[rows]
-        below = max((r for r in self._seconds if r < rows), default=None)
-        above = min((r for r in self._seconds if r > rows), default=None)
-        if below is not None and above is not None:
-            share = (rows - below) / (above - below)
-            return (1 - share) * self._seconds[below] + share * self._seconds[above]
-        nearest = below if below is not None else above
-        if nearest is None:
-            return 1 + self.GUESS * (rows - 1)
-        one = self._seconds[nearest] / (1 + self.GUESS * (nearest - 1))
-        return self._seconds[nearest] + self.GUESS * one * (rows - nearest)
+    def seconds(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What steps of so many rows take, each."""
+        if not self._seconds:
+            return np.asarray(1 + self.GUESS * (rows - 1), np.float64)
+        known = np.array(sorted(self._seconds))
+        measured = np.array([self._seconds[r] for r in known])
+        nearest = np.clip(rows, known[0], known[-1])  # beyond what is known, so much more a row
+        one = np.interp(nearest, known, measured) / (1 + self.GUESS * (nearest - 1))
+        return np.asarray(np.interp(rows, known, measured) + self.GUESS * one * (rows - nearest), np.float64)
 
 
 class Speculation:
@@ -178,13 +176,10 @@ class Speculation:
             ((record.acceptance**n, i) for i, record in enumerate(records) for n in range(1, room[i] + 1)),
             key=lambda gain: -gain[0],
         )[: most_rows - n_rows]
-        expected = float(len(texts))
-        best, n_best = expected / self._cost.seconds(n_rows), 0
-        for n, (chance, _) in enumerate(gains, 1):
-            expected += chance
-            rate = expected / (self._cost.seconds(n_rows + n) + n * self._proposer.row_seconds())
-            if rate > best:
-                best, n_best = rate, n
+        extra = np.arange(len(gains) + 1)
+        expected = len(texts) + np.cumsum([0.0, *(chance for chance, _ in gains)])
+        seconds = self._cost.seconds(n_rows + extra) + extra * self._proposer.row_seconds()
+        n_best = int(np.argmax(expected / seconds))
         counts = [0] * len(texts)
         for _, i in gains[:n_best]:
             counts[i] += 1

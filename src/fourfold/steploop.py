@@ -224,7 +224,10 @@ class StepLoop:
 
     def _expire(self) -> list[Update]:
         most = self._scheduler.limits.max_wait_seconds
-        late = [g for g in self._scheduler.waiting if monotonic() > self._added[g] + most and not g.completion_tokens]
+        waiting = [g for g in self._scheduler.waiting if not g.prompt_seconds]  # whoever gave way has had its turn
+        late = [g for g in waiting if monotonic() > self._added[g] + most]
+        for generation in late:
+            self._scheduler.remove(generation)  # now: this very step might find room for it
         return [_failed(g, f"no room was found for the request in {most:g} s", "waited") for g in late]
 
 

@@ -38,13 +38,19 @@ class CompletionScores:
         for token in found:
             offsets.append(self._end)
             self._end += 0 if token.id in self._vocabulary.special else len(self._vocabulary.text(token.id))
-        top = [{self._text(i): logprob for i, logprob in token.top} if token.top else None for token in found]
+        top = [self._top(token) for token in found]
         return CompletionLogprobs(
             text_offset=offsets,
             token_logprobs=[token.logprob for token in found],
             tokens=[self._text(token.id) for token in found],
             top_logprobs=top if with_top else None,
         )
+
+    def _top(self, token: TokenLogprob) -> dict[str, float] | None:
+        """The likeliest and the token itself, as OpenAI has it: so many and one more."""
+        if not token.top:
+            return None
+        return {self._text(i): logprob for i, logprob in (*token.top, (token.id, token.logprob)) if logprob is not None}
 
     def _text(self, token_id: int) -> str:
         """A token that is no text by itself is written as its bytes, so that two of them do not look the same."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fourfold.errors import UserError
+from fourfold.scheduler import MOST_RUNNING
 from fourfold.scheduler import Limits as StepLimits
 from fourfold.server.errors import explain
 from fourfold.server.limits import Limits
@@ -42,7 +44,7 @@ class ServeOptions(BaseModel):
     cors_origin: list[str] = []
     allowed_host: list[str] = []
     # the step loop
-    max_running: int = Field(32, ge=1, le=4096)
+    max_running: int = Field(32, ge=1, le=MOST_RUNNING)
     max_waiting: int = Field(128, ge=0, le=1_000_000)
     max_wait_seconds: float = Field(600.0, gt=0)
     prompt_chunk: int = Field(512, ge=64, le=512)
@@ -74,8 +76,10 @@ class ServeOptions(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        """Those of requests."""
-        return Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        """Those of requests. Of more texts than may run and wait, a request could never be taken."""
+        limits = Limits(**{name: getattr(self, name) for name in Limits.__dataclass_fields__})
+        most = self.max_running + self.max_waiting
+        return replace(limits, max_texts=min(limits.max_texts, most), max_n=min(limits.max_n, most))
 
     @property
     def step_limits(self) -> StepLimits:

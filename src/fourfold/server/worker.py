@@ -176,7 +176,7 @@ class Worker:
                 updates = [(*self._where[u.generation], u) for u in self._steps.step() if u.generation in self._where]
                 for _, _, update in updates:
                     if update.finish is not None:
-                        del self._where[update.generation]
+                        self._where.pop(update.generation, None)
                 self.stats = self._steps.stats()
                 if answers or updates:
                     self._loop.call_soon_threadsafe(self._deliver, answers, updates)

@@ -56,6 +56,20 @@ def test_a_mistake_a_million_times_is_told_once(server: Served, path: str, body:
     assert sentence.startswith(says)
 
 
+def test_a_text_far_too_long_is_not_cut_into_tokens(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four megabytes took three seconds of a core."""
+    asked = "x" * 1_000_000
+    monkeypatch.setattr(type(server.service.tokenizer), "encode", lambda *_, **__: pytest.fail("it was"))
+    for reply, what in (
+        (server.complete(prompt=asked), "prompt"),
+        (server.chat(messages=[{"role": "user", "content": asked}]), "messages"),
+    ):
+        status, sentence, param = messages(reply)
+        assert (status, param) == (400, what)
+        assert "and this model's context of 1000 tokens holds 5000 at most; shorten it" in sentence
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_large_answers_are_refused_by_their_size() -> None:
     with served(max_logprobs=1000, context=300) as server:
         scored = {"prompt": [[1] * 100] * 2, "echo": True, "max_tokens": 0}

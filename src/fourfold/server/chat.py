@@ -90,7 +90,7 @@ def _prompt(body: ChatRequest, tools: tool_calls.Tools | None, service: Service)
         raise bad_request("this model has no chat template; use /v1/completions, or start with --chat-template")
     messages = [_message(message, i) for i, message in enumerate(body.messages)]
     text = tool_calls.render(service.template, messages, tools.descriptions if tools else [])
-    ids = tuple(service.tokenizer.encode(text, add_special_tokens=False))
+    ids = service.encode(text, "messages", add_special_tokens=False)
     form = body.response_format
     if tools is not None:
         return ids, tools.form(service.grammars)

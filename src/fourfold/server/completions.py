@@ -69,7 +69,7 @@ def _prompts(body: CompletionRequest, service: Service) -> list[_Prompt]:
         raise bad_request("prompt is an empty list; send at least one", "prompt")
     tokenizer, found = service.tokenizer, []
     for prompt in given:
-        ids = tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = service.encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
         service.room(ids, "prompt")
         if not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
             raise bad_request(f"token ids go from 0 to {tokenizer.vocab_size - 1}", "prompt")

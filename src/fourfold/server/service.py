@@ -85,6 +85,11 @@ class Service:
         """Takes a second where it is first asked for: warm-up does."""
         return Grammars(self.tokenizer, self.vocab_size)
 
+    @cached_property
+    def longest_text(self) -> int:
+        """Characters that the context could hold, if all were the longest token."""
+        return self.context * max(map(len, self.tokenizer.vocabulary.tokens))
+
     @property
     def closed(self) -> Closed | None:
         """Why no requests are taken; None where they are."""
@@ -121,6 +126,17 @@ class Service:
             raise bad_request(str(error)) from None
         except JobFailed as error:
             raise unavailable(str(error)) from None
+
+    def encode(self, text: str, what: str, **options: bool) -> tuple[int, ...]:
+        """Ids of a text. Raises a 400 for one that is too long by far, which would take seconds to cut into tokens."""
+        if len(text) > self.longest_text:
+            raise bad_request(
+                f"{what} has {len(text)} characters, and this model's context of {self.context} tokens holds "
+                f"{self.longest_text} at most; shorten it",
+                what,
+                "context_length_exceeded",
+            )
+        return tuple(self.tokenizer.encode(text, **options))
 
     def room(self, prompt: Sequence[int], what: str) -> int:
         """Tokens that the context has room for behind a prompt. Raises a 400 where it is empty or too long."""

@@ -89,7 +89,7 @@ class Acts:
     async def _no_http(self) -> list[tuple[Outcome, str | None]]:
         path, body = self._bodies.valid()
         data = self._random.choice(_rude(path, _json(body), self._random))
-        outcome = await self._ask(data, leave="half")
+        outcome = await self._ask(data, leave=self._random.choice(("half", None)))
         return [(outcome, _complaint(outcome, data))]
 
     async def _slow(self) -> list[tuple[Outcome, str | None]]:

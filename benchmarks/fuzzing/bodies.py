@@ -85,6 +85,10 @@ class Bodies:
         path, body = self.valid()
         for _ in range(random.choice((0, 1, 1, 1, 2, 3))):
             self._spoil(body)
+        if random.random() < 0.01:
+            body[random.choice(("prompt", "messages", "stop", "tools", "foo"))] = [
+                random.choice((1, "x", [1], {}, None))
+            ] * 300_000
         data = json.dumps(body, ensure_ascii=random.random() < 0.5).encode(errors="surrogatepass")
         spoilt = random.random()
         if spoilt < 0.1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from contextlib import ExitStack
@@ -72,6 +73,7 @@ def _load(options: ServeOptions, keys: Keys, held: ExitStack) -> tuple[Service, 
     only_named = options.allowed_host or (options.is_local and not keys)
     hosts = LOCAL | {name.lower() for name in (options.host, *options.allowed_host)} if only_named else None
     origins = tuple(options.cors_origin)
+    gc.freeze()  # what is loaded stays: collections, which everybody waits for, need not look at it again
     return service, make_app(service, keys, root_path=options.root_path, origins=origins, hosts=hosts)
 
 

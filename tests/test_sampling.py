@@ -72,6 +72,18 @@ def test_greedy_takes_the_lowest_of_the_likeliest_ids_and_never_padding() -> Non
     assert make_sampler(SamplingParams(repetition_penalty=3.0), limit=4)(logits, [1]) == 3
 
 
+def test_draws_over_many_blocks_follow_the_probabilities_and_never_take_what_is_excluded() -> None:
+    logits = np.full(5000, -np.inf, np.float32)
+    some = np.array([0, 255, 256, 1000, 4095, 4999])
+    logits[some] = np.log([8, 1, 4, 2, 0.5, 0.5]).astype(np.float32) - np.float32(np.log(8))
+    generator = np.random.default_rng(4)
+    counts = np.bincount([draw(logits, generator) for _ in range(20_000)], minlength=5000)
+    assert counts.sum() == counts[some].sum()
+    assert counts[some] / 20_000 == pytest.approx(np.array([8, 1, 4, 2, 0.5, 0.5]) / 16, abs=0.012)
+    flat = np.zeros(1000, np.float32)
+    assert np.std(np.bincount([draw(flat, generator) for _ in range(20_000)], minlength=1000)) < 6
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.5, 0.2, 0.3], np.float32))
     generator = np.random.Generator(np.random.PCG64(7))

@@ -26,6 +26,7 @@ class Sampler(Protocol):
         """From logits (vocab,), every id so far, prompt included, and the ids that may come next: None is all."""
 
 
+DRAW_BLOCK = 256  # adding up all of a vocabulary one by one would take longer than everything else
 MOST_LOGPROBS = 20  # alternatives to an id
 
 
@@ -187,12 +188,12 @@ def top_p(p: float) -> Filter:
     """Keep the shortest run of likeliest ids (lower ids first where some tie) whose probability reaches p."""
 
     def choose(ids: Ids, logits: Logits) -> tuple[Ids, Logits]:
-        total = _weights(logits).sum()
+        total = _weights(logits).sum(dtype=np.float64)
         count = 256  # the likeliest few nearly always suffice: sorting them all is the exception
         while True:
             some_ids, some = top_k(count)(ids, logits)
             order = np.argsort(-some, kind="stable")
-            reached = np.cumsum(_weights(some[order])) >= p * total
+            reached = np.cumsum(_weights(some[order]), dtype=np.float64) >= p * total
             if reached.any() or len(some) == len(ids):
                 kept = np.sort(order[: int(np.argmax(reached)) + 1 if reached.any() else len(order)])
                 return some_ids[kept], some[kept]
@@ -212,15 +213,21 @@ def min_p(p: float) -> Filter:
 
 
 def draw(logits: Logits, generator: np.random.Generator) -> int:
-    """An index, with the probabilities that the logits stand for."""
-    cumulative = np.cumsum(_weights(logits))
-    point = generator.random() * cumulative[-1]
-    return min(int(np.searchsorted(cumulative, point, side="right")), len(logits) - 1)
+    """An index, with the probabilities that the logits stand for; first a block of indices, then one of it."""
+    weights = _weights(logits).astype(np.float64)
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), DRAW_BLOCK))
+    ends = np.cumsum(sums)
+    point = generator.random() * ends[-1]
+    block = min(int(np.searchsorted(ends, point, side="right")), len(ends) - 1)
+    inside = weights[block * DRAW_BLOCK : (block + 1) * DRAW_BLOCK]
+    reached = np.flatnonzero(np.cumsum(inside) > point - (ends[block] - sums[block]))
+    at = reached[0] if len(reached) else np.flatnonzero(inside)[-1]  # rounding: the last that can be drawn at all
+    return block * DRAW_BLOCK + int(at)
 
 
-def _weights(logits: Logits) -> NDArray[np.float64]:
-    """Unnormalized probabilities; logits come with their maximum at 0, so nothing overflows."""
-    return np.exp(logits.astype(np.float64))
+def _weights(logits: Logits) -> NDArray[np.float32]:
+    """Unnormalized probabilities; logits come with their maximum at 0, so nothing overflows. Sum them in float64."""
+    return np.exp(logits)  # as exact as the logits are, and eight times as fast as in float64
 
 
 class StopChecker:

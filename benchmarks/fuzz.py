@@ -91,10 +91,12 @@ async def _storm(
         watcher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watcher
+        grown = growth_mb(memory)
         typer.echo(
-            f"{memory[0]:.0f} MB at first, {max(memory):.0f} MB at most, {memory[-1]:.0f} MB at the end", err=True
+            f"{memory[0]:.0f} MB at first, {memory[-1]:.0f} MB at the end, {grown:.0f} MB of it in the second half",
+            err=True,
         )
-        if (grown := growth_mb(memory)) > growth:
+        if grown > growth:
             complaints.append(f"memory: it grew by {grown:.0f} MB in the second half, more than {growth:g}")
     complaints += await asyncio.to_thread(_held, url, pid, holdings)
     if (after := await acts.greedy()) != before:

@@ -86,7 +86,7 @@ def test_too_many_requests_are_a_429() -> None:
             reply = server.chat()
             assert messages(reply)[0] == 429
             assert server.http.get("/health").status_code == 200
-        server.until_empty()
+        server.until(lambda: not server.service.n_requests)
         server.engine.seconds = 0
         assert server.chat(max_tokens=1).status_code == 200
 

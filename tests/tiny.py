@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -62,7 +62,17 @@ GGUF_NAMES = {
     "mlp.gate_proj.": "ffn_gate.",
     "mlp.up_proj.": "ffn_up.",
     "mlp.down_proj.": "ffn_down.",
+    "self_attn.q_norm.": "attn_q_norm.",
+    "self_attn.k_norm.": "attn_k_norm.",
+    "self_attn.qkv_proj.": "attn_qkv.",
+    "mlp.gate_up_proj.": "ffn_up.",
 }
+GGUF_GEMMA3_NAMES = {
+    "post_attention_layernorm.": "post_attention_norm.",
+    "pre_feedforward_layernorm.": "ffn_norm.",
+    "post_feedforward_layernorm.": "post_ffw_norm.",
+}
+GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # of model types that GGUF names otherwise
 
 
 def tensors(config: dict[str, Any]) -> Tensors:
@@ -160,9 +170,10 @@ def write_gguf(
 ) -> Path:
     """A GGUF file with a byte-level BPE tokenizer; `metadata` replaces or adds keys, and None takes one away.
 
-    Matrices are stored as `kind`, vectors as float32.
+    Matrices are stored as `kind` where their rows are whole blocks of it, else as float32 as vectors are.
     """
-    arch, c = config["model_type"], config
+    c = config
+    arch = GGUF_ARCHITECTURES.get(c["model_type"], c["model_type"])
     vocab, types, merges = byte_level_vocabulary()
     values: dict[str, Any] = {
         f"{arch}.block_count": c["num_hidden_layers"],
@@ -172,7 +183,7 @@ def write_gguf(
         f"{arch}.attention.head_count": c["num_attention_heads"],
         f"{arch}.attention.head_count_kv": c["num_key_value_heads"],
         f"{arch}.attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
-        f"{arch}.rope.freq_base": c["rope_theta"],
+        f"{arch}.rope.freq_base": c.get("rope_theta", 10000.0),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": vocab,
@@ -187,13 +198,15 @@ def write_gguf(
         _add(writer, key, value)
     for name, weight in weights.items():
         ours = name
-        for theirs, short in GGUF_NAMES.items():
+        for theirs, short in (GGUF_NAMES | (GGUF_GEMMA3_NAMES if arch == "gemma3" else {})).items():
             ours = ours.replace(theirs, short)
+        if arch == "gemma3" and ours.endswith("norm.weight"):
+            weight = weight + 1
         if arch == "llama" and ".attn_q." in ours:
             weight = permuted(weight, c["num_attention_heads"])
         if arch == "llama" and ".attn_k." in ours:
             weight = permuted(weight, c["num_key_value_heads"])
-        if weight.ndim == 2 and kind != GGMLQuantizationType.F32:
+        if weight.ndim == 2 and kind != GGMLQuantizationType.F32 and weight.shape[1] % GGML_QUANT_SIZES[kind][0] == 0:
             writer.add_tensor(ours, gguf.quants.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(ours, weight)

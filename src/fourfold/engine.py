@@ -239,7 +239,7 @@ class Engine:
             kernels = {len(wanted): dict(program.kernels(len(wanted), outputs_class))}
             kernels[len(tokens)] = dict(program.kernels(len(tokens), tokens_class))
             marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in self._profile.threads)
-            work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]))
+            work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]), self.config.sliding_window)
             self._profile.add(StepFacts(called, returned, work, kernels, marks))
         for feed in feeds:
             feed.sequence.length += len(feed.ids)

@@ -17,7 +17,7 @@ STEP_TOLERANCE = 1e-4  # by which Transformers' own logits differ token by token
 def logits(model: Any, ids: list[int]) -> np.ndarray:
     """Of one prefill, (T, vocabulary). Raises AssertionError where the model says something else token by token.
 
-    Not so beyond the positions after which other rotary factors hold: there it keeps the keys that the first ones turned.
+    Not so beyond the positions after which other rotary factors hold: it keeps the keys that the first ones turned.
     """
     whole = model(torch.tensor([ids])).logits[0].numpy()
     cache, rows = None, []

@@ -80,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 5,
         "num_key_value_heads": 1,
         "head_dim": 64,
+        "max_position_embeddings": 512,
         "query_pre_attn_scalar": 48,
         "sliding_window": 20,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
@@ -104,7 +105,7 @@ def texts() -> list[tuple[str, int]]:
 
 
 def logits_file(model: str, length: int) -> Path:
-    """An .npz with `logits`, float32 (length, vocabulary), and `weights`, the fingerprint of what they were made with."""
+    """An .npz with `logits`, float32 (length, vocabulary), and `weights`, the fingerprint of what made them."""
     return Path(__file__).with_name(f"{model}-{length}.npz")
 
 

@@ -64,11 +64,15 @@ def model_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     reader, class_name = _READERS[model_type]
     f.only("architectures", [class_name])
     f.only("hidden_act", *([] if model_type.startswith("gemma3") else ["silu"]))
-    for key in ("is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention", "chunk_size_feed_forward"):
-        f.only(key, False)
+    _decodes_alone(f)
     result = reader(f)
     f.finish(_harmless())
     return check(result, where)
+
+
+def _decodes_alone(f: Fields) -> None:
+    for key in ("is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention", "chunk_size_feed_forward"):
+        f.only(key, False)
 
 
 def _harmless() -> list[str]:
@@ -163,6 +167,8 @@ def _gemma3(f: Fields) -> ModelConfig:
     """The text part of a model that also sees: its images are nothing that fourfold takes."""
     text = f.fields("text_config")
     text.only("model_type", "gemma3_text")
+    text.only("architectures", ["Gemma3ForCausalLM"], ["Gemma3TextModel"])
+    _decodes_alone(text)
     f.only("tie_word_embeddings", text.flag("tie_word_embeddings", True))
     f.ignore("vision_config", "mm_tokens_per_image")
     f.ignore(*(f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("index", "id")))

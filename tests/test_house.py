@@ -78,7 +78,7 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
     ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team"),
-    ("file_stream", "kernels", "pack", "probe", "weight"),
+    ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("program", "ops", "ops_attention", "ops_streamed"),
     ("names", "bindings", "bind_kernels", "bind_machine", "bind_pack", "bind_probe", "bind_program"),
 )

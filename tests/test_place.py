@@ -1,4 +1,4 @@
-"""Codes that a checkpoint brings, placed into tiles: not one of them changes, and their scales lose as little as can be."""
+"""Codes that a checkpoint brings, placed into tiles: not one of them changes, and their scales lose little."""
 
 from __future__ import annotations
 
@@ -137,5 +137,5 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         (codes, scales, "nf4", panels[:, :-1].copy(), panel_scales),
         (codes, scales, "nf4", panels, np.empty(2, np.float32)),
     ):
-        with pytest.raises(ValueError, match="must have shape|formats with scales"):
+        with pytest.raises(ValueError, match=r"must have shape|formats with scales"):
             _core.place(*wrong)

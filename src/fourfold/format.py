@@ -129,7 +129,7 @@ def unpack(
 def _place_scales(
     wanted: NDArray[np.float32], panel_scales: NDArray[np.float32], multiples: NDArray[np.int32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float64]]:
-    """Scales (P, 16, T) under panel scales (P,): bytes, multiples of the codes (the best up to `multiples`), errors²."""
+    """Scales (P, 16, T) under panel scales (P,): bytes, multiples of the codes (at most `multiples`), errors²."""
     magnitude = np.abs(wanted)
     best_byte, best_multiple = np.zeros(wanted.shape, np.uint8), np.ones(wanted.shape, np.int32)
     best_error = np.full(wanted.shape, np.inf)

@@ -15,12 +15,17 @@ TILE_N = 16  # outputs a tile
 TILE_K = 64  # inputs a tile: the quantization block
 GROUP_TILES = 4  # tiles whose scales lie together
 
-CODE_BYTES: dict[WeightFormat, int] = {"nf4": 512, "int4": 512, "fp4": 512, "int8": 1024, "bf16": 2048, "f32": 4096}
-SCALED: tuple[WeightFormat, ...] = ("nf4", "int4", "fp4", "int8")  # a byte per output and tile, a float32 per panel
+CODE_BYTES: dict[WeightFormat, int] = {
+    **{"nf4": 512, "int4": 512, "fp4": 512, "fp4_bnb": 512},
+    **{"int8": 1024, "bf16": 2048, "f32": 4096},
+}
+# Those with a byte per output and tile, and a float32 per panel.
+SCALED: tuple[WeightFormat, ...] = ("nf4", "int4", "fp4", "fp4_bnb", "int8")
 MIRRORED: tuple[WeightFormat, ...] = ("nf4", "int4")  # whose codebooks are not symmetric
 
 # Value of each code as stored.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32) / np.float32(6)
+_TWELFTHS = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 # fmt: off
 CODEBOOKS: dict[WeightFormat, NDArray[np.float32]] = {
     # QLoRA, arXiv 2305.14314, appendix E.
@@ -31,6 +36,7 @@ CODEBOOKS: dict[WeightFormat, NDArray[np.float32]] = {
     ], np.float32),
     "int4": (np.arange(16, dtype=np.float32) - 8) / np.float32(8),
     "fp4": np.concatenate([_E2M1, -_E2M1]),
+    "fp4_bnb": np.concatenate([_TWELFTHS, -_TWELFTHS]),  # the FP4 of bitsandbytes
 }
 # fmt: on
 PAIR_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # how bf16 holds the 8 inputs of a group

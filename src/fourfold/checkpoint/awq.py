@@ -65,4 +65,4 @@ def _matrix(module: str, group: int | None, parts: Parts) -> CodedTensor:
 
 def _in_order(words: NDArray[Any]) -> NDArray[np.uint8]:
     """Words (rows, n) as the codes of their outputs, (rows, 8 n)."""
-    return nibbles(words).reshape(*words.shape, 8)[..., PLACE].reshape(len(words), -1)
+    return nibbles(words).reshape(*words.shape, 8)[..., PLACE].reshape(len(words), 8 * words.shape[1])

@@ -23,7 +23,7 @@ from fourfold.config import WeightFormat
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.format import CODEBOOKS, TILE_K
 
-FORMATS: dict[str, WeightFormat] = {"nf4": "nf4"}
+FORMATS: dict[str, WeightFormat] = {"nf4": "nf4", "fp4": "fp4_bnb"}
 STATE = ".quant_state.bitsandbytes__"
 MAX_STATE_BYTES = 1 << 16
 _HARMLESS = """
@@ -72,7 +72,7 @@ class CodebookTensor(CodedTensor):
         rows = np.empty(stop - start, block_type(k))
         rows["codes"] = self.read_codes(start * k, stop * k).reshape(stop - start, k)
         scales = self.read_scales(start * k // self.run, stop * k // self.run)
-        rows["scales"] = np.repeat(scales, self.run // TILE_K).reshape(stop - start, -1)
+        rows["scales"] = np.repeat(scales, self.run // TILE_K).reshape(stop - start, k // TILE_K)
         return rows
 
 

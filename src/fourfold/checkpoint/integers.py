@@ -62,7 +62,7 @@ class IntegerTensor(CodedTensor):
             rows["codes"] = integers.view(np.uint8)
             rows["scales"] = scales * np.float32(INT8_STEPS)
             return rows
-        by_block = integers.reshape(stop - start, -1, TILE_K)
+        by_block = integers.reshape(stop - start, self.shape[1] // TILE_K, TILE_K)
         sign = np.where(
             by_block.max(axis=2) >= INT4_OFFSET, np.int8(-1), np.int8(1)
         )  # 8 is there only as a mirrored -8
@@ -94,7 +94,7 @@ def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
 
 def minus_zeros(codes: NDArray[np.uint8], zeros: NDArray[np.int8], group: int) -> NDArray[np.int8]:
     """Codes (rows, K) less their groups' zero points (rows, K/G), both from 0 to 15: int8 (rows, K)."""
-    grouped = codes.view(np.int8).reshape(len(codes), -1, group)
+    grouped = codes.view(np.int8).reshape(len(codes), codes.shape[1] // group, group)
     return (grouped - zeros[..., None]).reshape(codes.shape)
 
 
@@ -103,4 +103,4 @@ def nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:
     octets = np.ascontiguousarray(words).view(np.uint8)
     codes = np.empty((*octets.shape, 2), np.uint8)
     codes[..., 0], codes[..., 1] = octets & 15, octets >> 4
-    return codes.reshape(*octets.shape[:-1], -1)
+    return codes.reshape(*octets.shape[:-1], 2 * octets.shape[-1])

@@ -297,5 +297,5 @@ def test_a_quantized_head_that_is_the_embedding_is_refused(tmp_path: Path) -> No
     tensors = load_file(path / "model.safetensors")
     tensors.pop("lm_head.weight")
     save_file(tensors | writers.gptq("lm_head", (304, 128), 1)[0], path / "model.safetensors")
-    with pytest.raises(UnsupportedError, match="quantizes lm_head.weight, though its config.json ties it"):
+    with pytest.raises(UnsupportedError, match=r"quantizes lm_head.weight, though its config.json ties it"):
         open_source(path)

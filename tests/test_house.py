@@ -23,7 +23,7 @@ FLOORS = (
     ("errors",),
     ("config", "format", "machine", "placement"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
-    ("checkpoint", "pipeline", "quantize", "synth", "locate"),
+    ("checkpoint", "pipeline", "conversion", "synth", "locate"),
     (
         *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),

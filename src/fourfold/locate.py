@@ -97,7 +97,7 @@ def fourfold_directory(
     path = source_path(model)
     actual = fourfold_format(path)
     if actual is None:
-        from fourfold.quantize import cached
+        from fourfold.conversion import cached
 
         return Path(cached(path, format or DEFAULT_FORMAT, progress=report, threads=threads, check=check))
     if format not in (None, actual):

@@ -92,8 +92,8 @@ def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> 
 def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None = None) -> NDArray[Any]:
     """y = x Wᵀ + bias: x (..., K), w (N, K), bias (N,); y (..., N) of x's type.
 
-    x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result is
-    the same bits whatever the number of threads. Raises UserError for other shapes and types.
+    x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result
+    is the same bits whatever the number of threads. Raises UserError for other shapes and types.
     """
     if not isinstance(w, QuantizedMatrix):
         raise UserError(f"linear multiplies by what fourfold.quantize made, not by {type(w).__name__}")

@@ -17,12 +17,12 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     """Exchanges every nn.Linear in `model` for a `Linear` of a weight format, and returns the model.
 
     One at a time: a weight's own memory is free before the next is quantized, so beside the model there is never more
-    than one quantized matrix. `choose(name, linear)` says which; by default all do. Subclasses of nn.Linear are left alone,
-    for they compute something of their own. A linear that stands in two places is one afterwards too; a weight that an
-    embedding shares stays the embedding's.
+    than one quantized matrix. `choose(name, linear)` says which; by default all do. Subclasses of nn.Linear are left
+    alone, for they compute something of their own. A linear that stands in two places is one afterwards too; a weight
+    that an embedding shares stays the embedding's.
 
-    Raises UserError for an unknown format, for a model that is a linear itself, and where a weight is not a finite number
-    (what was exchanged before it stays exchanged).
+    Raises UserError for an unknown format, for a model that is a linear itself, and where a weight is not a finite
+    number (what was exchanged before it stays exchanged).
     """
     check_format(format)
     if type(model) is nn.Linear:

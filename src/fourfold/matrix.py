@@ -104,6 +104,7 @@ def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None 
     rows = inputs.reshape(-1, k)
     if rows.strides[1] != rows.itemsize or rows.strides[0] % rows.itemsize or rows.strides[0] < 0:
         rows = np.ascontiguousarray(rows)
+    rows = np.require(rows, requirements="A")
     plus = None if bias is None else np.ascontiguousarray(as_array(bias))
     if plus is not None and plus.shape != (n,):
         raise UserError(f"bias must have one value for each of the {n} outputs; it is {plus.shape}")

@@ -27,11 +27,7 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     check_format(format)
     if type(model) is nn.Linear:
         raise UserError("a linear cannot be exchanged inside itself; use Linear.from_float")
-    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
-    for parent_name, parent in model.named_modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and (choose is None or choose(f"{parent_name}.{name}".lstrip("."), child)):
-                places.setdefault(child, []).append((parent, name))
+    places = _places(model, choose)
     while places:
         linear, where = places.popitem()
         try:
@@ -42,3 +38,15 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
             setattr(parent, name, made)
         del linear
     return model
+
+
+def _places(model: nn.Module, choose: Choice | None) -> dict[nn.Linear, list[tuple[nn.Module, str]]]:
+    """Every linear that is to be exchanged, with the parents that hold it and its names there."""
+    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():  # named_children would show a linear of two names once
+            if type(child) is not nn.Linear:
+                continue
+            if choose is None or choose(f"{parent_name}.{name}".lstrip("."), child):
+                places.setdefault(child, []).append((parent, name))
+    return places

@@ -84,6 +84,28 @@ constexpr std::array<Codebook, 4> kCodebooks = {
 };
 constexpr const Codebook& codebook(Format f) { return kCodebooks[static_cast<size_t>(f)]; }
 
+// Numbers of the world outside: a checkpoint's weights, another framework's activations.
+enum class NumberType : uint8_t { f32, f16, bf16 };
+
+// IEEE half precision to float32 and, to nearest even, back. A NaN stays one.
+static inline float from_half(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7FFFu;
+    if (rest >= 0x7C00) return std::bit_cast<float>(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    // As if it were a float32 of the same fields, its exponent is 112 too small; this mends the subnormals too.
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f));
+}
+static inline uint16_t to_half(float x) {
+    const auto bits = std::bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+    const auto half = [&]() -> uint32_t {
+        if (rest > 0x7F800000) return 0x7E00 | (rest >> 13 & 0x3FF);
+        if (rest >= 0x477FF000) return 0x7C00;  // beyond 65504
+        // Adding 1/2 leaves a subnormal's multiple of 2^-24 in the low bits.
+        if (rest < 0x38800000) return std::bit_cast<uint32_t>(std::bit_cast<float>(rest) + 0.5f) - 0x3F000000;
+        return (rest + 0xFFF + (rest >> 13 & 1) - 0x38000000) >> 13;
+    };
+    return static_cast<uint16_t>(sign | half());
+}
+
 // FP8 E4M3 (fn): the 7 magnitude bits are those of a float32 whose exponent is 120 too small. Exact, subnormals
 // included.
 inline float e4m3(uint8_t byte) {

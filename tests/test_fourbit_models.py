@@ -20,11 +20,11 @@ from fourfold.checkpoint import open_source
 from fourfold.checkpoint.coded import CodedTensor
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, inspect, open_directory
 from fourfold.config import WeightFormat
+from fourfold.conversion import convert
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.keep import read_blocks
 from fourfold.llm import LLM
 from fourfold.models import weight_specs
-from fourfold.quantize import convert
 from test_fourbit_readers import SCHEMES
 from test_tiny_models import unpacked
 

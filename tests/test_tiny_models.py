@@ -14,11 +14,11 @@ import reference
 import tiny
 from fourfold.checkpoint import open_source
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.format import n_panels, unpack
 from fourfold.models import weight_specs
 from fourfold.models.rows import HeadPairs, TimeConv
-from fourfold.quantize import convert
 
 Tensors = dict[str, NDArray[Any]]
 

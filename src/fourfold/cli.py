@@ -149,10 +149,10 @@ def quantize(
     """Convert a model once, in bounded memory; started again after an interruption, it resumes."""
     from fourfold.checkpoint import open_source
     from fourfold.cli_render import render_quality
+    from fourfold.conversion import convert
     from fourfold.llm import check_text
     from fourfold.locate import source_path
     from fourfold.progress import bar, note
-    from fourfold.quantize import convert
 
     with open_source(source_path(source), tokenizer) as opened, bar(f"converting {source}") as report:
         check_text(opened)

@@ -98,7 +98,7 @@ def fourfold_directory(
     path = source_path(model)
     actual = fourfold_format(path)
     if actual is None:
-        from fourfold.quantize import cached
+        from fourfold.conversion import cached
 
         return Path(cached(path, format, progress=report, notice=notice, threads=threads, check=check))
     if format not in (None, actual):

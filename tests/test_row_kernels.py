@@ -74,7 +74,7 @@ def test_gated_activation(isa: str, n: int) -> None:
         -(numbers(n) ** 2),
     ):
         y = np.empty(n, np.float32)
-        _core.silu_mul(isa, a, b, y)
+        _core.gate_mul(isa, "silu", a, b, y)
         wide = a.astype(np.float64)
         expected = wide / (1 + np.exp(np.minimum(-wide, 700))) * b
         close(y, expected, 8 * EPS * abs(expected) + E_87 * (1 + abs(wide * b)))
@@ -109,7 +109,7 @@ def as_stored(x: Floats, kv: str) -> NDArray[np.float64]:
 
 def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int], chunk: int = 128) -> Floats:
     out = np.full(q.shape, np.nan, np.float32)
-    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), chunk, out)
+    _core.attend(isa, kv, q, k, v, np.zeros(len(seen), np.int32), np.array(seen, np.int32), chunk, out)
     return out
 
 

@@ -29,23 +29,11 @@ IDS = np.random.default_rng(2).integers(0, 300, 90).tolist()  # two KV pages
 N_STEPS = 70
 
 
-def random_tensors(config: dict[str, Any]) -> Tensors:
-    """Matrices and filters keep the size of what goes through them, norms are about 1, biases matter."""
-    out = {}
-    for name, values in tiny.tensors(config).items():
-        if values.ndim > 1:
-            values = values / np.sqrt(values[0].size)
-        elif "norm" in name:
-            values = 1 + values / 10
-        out[name] = values.astype(np.float32)
-    return out
-
-
 @pytest.fixture(scope="module", params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
     """A Hugging Face directory and what is in it."""
     config = CONFIGS[request.param]
-    tensors = random_tensors(config)
+    tensors = tiny.balanced(config)
     return tiny.write_huggingface(tmp_path_factory.mktemp(request.param) / "source", config, tensors), tensors
 
 

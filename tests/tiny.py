@@ -66,23 +66,33 @@ GGUF_NAMES = {
 
 
 def tensors(config: dict[str, Any]) -> Tensors:
-    """Every tensor of a Llama, Qwen2 or Yuan model, float32, by Hugging Face's names."""
+    """Every tensor of a model, float32, by Hugging Face's names."""
     c, rng = config, np.random.default_rng(1)
-    dim, hidden = c["hidden_size"], c["intermediate_size"]
-    kv_dim = dim // c["num_attention_heads"] * c.get("num_key_value_heads", c["num_attention_heads"])
+    dim, hidden, n_heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    head_dim = c.get("head_dim", dim // n_heads)
+    q_dim, kv_dim = head_dim * n_heads, head_dim * c.get("num_key_value_heads", n_heads)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], dim)}
     for i in range(c["num_hidden_layers"]):
-        layer = {
+        layer: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (dim,),
-            "self_attn.q_proj.weight": (dim, dim),
+            "self_attn.q_proj.weight": (q_dim, dim),
             "self_attn.k_proj.weight": (kv_dim, dim),
             "self_attn.v_proj.weight": (kv_dim, dim),
-            "self_attn.o_proj.weight": (dim, dim),
+            "self_attn.o_proj.weight": (dim, q_dim),
             "post_attention_layernorm.weight": (dim,),
             "mlp.gate_proj.weight": (hidden, dim),
             "mlp.up_proj.weight": (hidden, dim),
             "mlp.down_proj.weight": (dim, hidden),
         }
+        if c["model_type"] == "phi3":
+            for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
+                del layer[f"{part}_proj.weight"]
+            layer["self_attn.qkv_proj.weight"] = (q_dim + 2 * kv_dim, dim)
+            layer["mlp.gate_up_proj.weight"] = (2 * hidden, dim)
+        if c["model_type"] in ("qwen3", "gemma3_text"):
+            layer |= {f"self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
+        if c["model_type"] == "gemma3_text":
+            layer |= {f"{p}_feedforward_layernorm.weight": (dim,) for p in ("pre", "post")}
         if c["model_type"] == "qwen2":
             layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in (("q", dim), ("k", kv_dim), ("v", kv_dim))}
         if c["model_type"] == "yuan":
@@ -98,6 +108,21 @@ def tensors(config: dict[str, Any]) -> Tensors:
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], dim)
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def balanced(config: dict[str, Any]) -> Tensors:
+    """The same, such that every one of them matters and nothing grows.
+
+    Matrices and filters keep the size of what goes through them, norms are about 1 (Gemma's as differences from it).
+    """
+    out, middle = {}, 0 if config["model_type"] == "gemma3_text" else 1
+    for name, values in tensors(config).items():
+        if values.ndim > 1:
+            values = values / np.sqrt(values[0].size)
+        elif "norm" in name:
+            values = middle + values / 10
+        out[name] = values.astype(np.float32)
+    return out
 
 
 def golden(shared: Path, name: str) -> tuple[dict[str, Any], Tensors]:

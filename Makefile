@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
 export PROMPT
 
-.PHONY: venv chat test emulator nodes browser check format clean
+.PHONY: venv chat test frameworks emulator nodes browser check format clean
 venv: $(READY)
 
 # What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
@@ -29,7 +29,16 @@ chat: $(READY)
 	@if [ -n "$$PROMPT" ]; then $(BIN)/fourfold run -p "$$PROMPT"; else $(BIN)/fourfold chat; fi
 
 test: $(READY) check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --ignore=tests/frameworks
+
+# PyTorch, Transformers, DeepSpeed, TensorFlow and the libraries that 4-bit files come from; then the tests that need them.
+FRAMEWORKS := $(VENV)/.frameworks
+$(FRAMEWORKS): $(READY)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[frameworks]"
+	@touch $@
+
+frameworks: $(FRAMEWORKS)
+	$(BIN)/pytest -q tests/frameworks
 
 # Virtual machines of several NUMA nodes: docs/four-nodes.md. `make test` boots them too where there is an emulator.
 nodes: emulator

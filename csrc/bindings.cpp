@@ -5,6 +5,7 @@ namespace nb = nanobind;
 
 void bind_kernels(nb::module_& m);
 void bind_machine(nb::module_& m);
+void bind_matmul(nb::module_& m);
 void bind_pack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_program(nb::module_& m);
@@ -14,6 +15,7 @@ NB_MODULE(_core, m) {
     nb::set_leak_warnings(false);  // a broken team keeps what its stuck thread may still touch, on purpose
     bind_kernels(m);
     bind_machine(m);
+    bind_matmul(m);
     bind_pack(m);
     bind_probe(m);
     bind_program(m);

@@ -14,13 +14,6 @@
 namespace fourfold {
 namespace {
 
-uint32_t float_bits_of_half(uint16_t h) {
-    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7FFFu;
-    if (rest >= 0x7C00) return sign | 0x7F800000 | (rest & 0x3FF) << 13;
-    // As if it were a float32 of the same fields, its exponent is 112 too small; this mends the subnormals too.
-    return sign | std::bit_cast<uint32_t>(std::bit_cast<float>(rest << 13) * 0x1p112f);
-}
-
 // Numbers as they lie; those from kInfinity on, the sign aside, are not finite.
 template <SourceType type>
 using Word = std::conditional_t<type == SourceType::f32, uint32_t, uint16_t>;
@@ -31,10 +24,8 @@ constexpr int32_t kInfinity = type == SourceType::f32   ? 0x7F800000
 
 template <SourceType type>
 float to_float(Word<type> word) {
-    uint32_t bits = word;
-    if constexpr (type == SourceType::bf16) bits <<= 16;
-    if constexpr (type == SourceType::f16) bits = float_bits_of_half(word);
-    return std::bit_cast<float>(bits);
+    if constexpr (type == SourceType::f16) return from_half(word);
+    return std::bit_cast<float>(static_cast<uint32_t>(word) << (type == SourceType::bf16 ? 16 : 0));
 }
 
 // 8 rows and 8 inputs of 16-bit words, turned: the 8 rows' words of input i at to + 16 i. A word's place is its row's 3
@@ -152,7 +143,8 @@ void unpack(Format format, const uint8_t* panels, const float* panel_scales, siz
             switch (format) {
                 case Format::nf4:
                 case Format::int4:
-                case Format::fp4: {
+                case Format::fp4:
+                case Format::fp4_bnb: {
                     const uint8_t byte = codes[nibble_byte(lane, in_tile)];
                     value = codebook(format)[nibble_is_high(in_tile) ? byte >> 4 : byte & 15];
                     break;

@@ -11,8 +11,7 @@
 
 namespace fourfold {
 
-// What a checkpoint's numbers are.
-enum class SourceType : uint8_t { f32, f16, bf16 };
+using SourceType = NumberType;
 
 // Rows of a matrix (n, k), one after another, and where their panels go.
 struct PackArgs {

@@ -55,7 +55,7 @@ def smollm2() -> Path:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, str], Path]]:
     """(checkpoint, format) -> its fourfold directory, made by the first test that asks and gone after the last."""
     from fourfold.checkpoint import open_source
-    from fourfold.quantize import convert
+    from fourfold.conversion import convert
 
     root = tmp_path_factory.mktemp("converted")
 

@@ -19,10 +19,10 @@ import tiny
 from fourfold.checkpoint import check_complete, open_source
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import LongRope, ModelConfig
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.models import weight_specs
-from fourfold.quantize import convert
 from goldens import models
 from test_tiny_models import unpacked
 

@@ -17,11 +17,11 @@ import pytest
 from fourfold import bench, cli
 from fourfold.bench import conversion, limits, matrix, model, reduction, speculation
 from fourfold.checkpoint import open_source
+from fourfold.conversion import convert
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.generation import Generation
 from fourfold.machine import read_machine
 from fourfold.models.shapes import SHAPES
-from fourfold.quantize import convert
 from fourfold.request import Request
 from fourfold.steploop import StepLoop
 from fourfold.synth import synthesize

@@ -21,7 +21,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from fourfold.checkpoint import open_source
-from fourfold.quantize import convert
+from fourfold.conversion import convert
 
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -22,12 +22,12 @@ import fourfold.engine
 from fourfold import bench, cli, doctor
 from fourfold.checkpoint import Source
 from fourfold.config import FORMATS
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.footprint import Footprint
 from fourfold.llm import LLM
 from fourfold.machine import RankPlan, read_machine
-from fourfold.quantize import convert
 from fourfold.residency import STRETCHES, choose_residency
 
 Logits = NDArray[np.float32]

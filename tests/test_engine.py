@@ -20,10 +20,10 @@ import fourfold.engine
 import tiny
 from fourfold.checkpoint import Source, open_source
 from fourfold.config import KV_FORMATS
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import ResourceError, UnsupportedError, UserError
 from fourfold.machine import Machine, RankPlan, read_machine
-from fourfold.quantize import convert
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fake_source
-from fourfold import quantize
+from fourfold import conversion
 from fourfold.checkpoint.fourfold_dir import inspect, kind_of, open_directory, verify
 from fourfold.config import FORMATS
 from fourfold.errors import CheckpointError, FourfoldError
@@ -25,16 +25,16 @@ SPECS = weight_specs(fake_source.CONFIG)
 
 
 @pytest.fixture(scope="module")
-def conversion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("conversion") / "model"
-    quantize.convert(fake_source.source(fake_source.tensors()), path, "nf4")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pristine") / "model"
+    conversion.convert(fake_source.source(fake_source.tensors()), path, "nf4")
     return path
 
 
 @pytest.fixture
-def converted(tmp_path: Path, conversion: Path) -> Path:
+def converted(tmp_path: Path, pristine: Path) -> Path:
     """A directory of its own, to be damaged."""
-    return shutil.copytree(conversion, tmp_path / "model")
+    return shutil.copytree(pristine, tmp_path / "model")
 
 
 def stored(path: Path, name: str) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def stored(path: Path, name: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_conversion_holds_what_the_source_held(tmp_path: Path, fmt: Any, dtype: Any) -> None:
     tensors = fake_source.tensors(dtype)
-    report = quantize.convert(fake_source.source(tensors), tmp_path / "model", fmt)
+    report = conversion.convert(fake_source.source(tensors), tmp_path / "model", fmt)
     directory = open_directory(tmp_path / "model")
     assert fake_source.names(tmp_path / "model") == FILES
     assert directory.config == fake_source.CONFIG
@@ -79,16 +79,16 @@ def test_a_conversion_holds_what_the_source_held(tmp_path: Path, fmt: Any, dtype
 
 
 def test_small_pieces_make_the_same_bytes(tmp_path: Path, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "PIECE_BYTES", 1)  # one panel at a time
+    monkeypatch.setattr(conversion, "PIECE_BYTES", 1)  # one panel at a time
     tensors = fake_source.tensors()
-    quantize.convert(fake_source.source(tensors), tmp_path / "again", "nf4", threads=2)
+    conversion.convert(fake_source.source(tensors), tmp_path / "again", "nf4", threads=2)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
     assert max(stop - start for tensor in tensors.values() for start, stop in tensor.reads) == TILE_N
 
 
 def test_data_starts_on_a_page_and_progress_ends_at_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    quantize.convert(
+    conversion.convert(
         fake_source.source(fake_source.tensors()), tmp_path / "model", "int8", progress=lambda *args: seen.append(args)
     )
     assert open_directory(tmp_path / "model").data_start % 4096 == 0
@@ -110,8 +110,8 @@ def test_inspect_counts_every_bit(converted: Path) -> None:
 
 
 def test_smollm2_costs_at_most_4_14_bits_a_weight(tmp_path: Path, smollm2: Path) -> None:
-    with quantize.open_source(smollm2) as source:
-        report = quantize.convert(source, tmp_path / "model", "nf4")
+    with conversion.open_source(smollm2) as source:
+        report = conversion.convert(source, tmp_path / "model", "nf4")
     assert inspect(tmp_path / "model")["bits_per_weight"] <= 4.14
     assert max(quality.bits_per_weight for quality in report.kinds.values()) <= 4.14
     assert 0.08 < report.total.relative_rms_error < 0.09
@@ -120,12 +120,12 @@ def test_smollm2_costs_at_most_4_14_bits_a_weight(tmp_path: Path, smollm2: Path)
 def test_the_cache_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = fake_source.tensors()
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "a" / "cache"))
-    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(tensors))
-    first = quantize.cached(tmp_path / "model.gguf", "nf4")
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(tensors))
+    first = conversion.cached(tmp_path / "model.gguf", "nf4")
     n_reads = sum(len(tensor.reads) for tensor in tensors.values())
-    assert quantize.cached(tmp_path / "model.gguf", "nf4") == first
+    assert conversion.cached(tmp_path / "model.gguf", "nf4") == first
     assert sum(len(tensor.reads) for tensor in tensors.values()) == n_reads
-    assert quantize.cached(tmp_path / "model.gguf", "int8") != first
+    assert conversion.cached(tmp_path / "model.gguf", "int8") != first
     assert verify(first)
     assert len(list(first.parent.iterdir())) == 2  # no lock, nothing unfinished
 
@@ -135,18 +135,18 @@ def test_the_cache_keeps_nothing_of_a_source_that_is_refused(tmp_path: Path, mon
         raise CheckpointError("no")
 
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(fake_source.tensors()))
     with pytest.raises(CheckpointError, match="no"):
-        quantize.cached("model.gguf", "nf4", check=refuse)
+        conversion.cached("model.gguf", "nf4", check=refuse)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_recipe_is_another_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
-    first = quantize.cached("model.gguf", "nf4")
-    monkeypatch.setitem(quantize.RECIPE, "encoder", "another")
-    second = quantize.cached("model.gguf", "nf4")
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    first = conversion.cached("model.gguf", "nf4")
+    monkeypatch.setitem(conversion.RECIPE, "encoder", "another")
+    second = conversion.cached("model.gguf", "nf4")
     assert second != first
     assert inspect(second)["recipe"]["encoder"] == "another"
 
@@ -156,16 +156,16 @@ def test_a_damaged_conversion_in_the_cache_is_named_to_be_deleted(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(quantize, "open_source", lambda path: fake_source.source(fake_source.tensors()))
-    directory = quantize.cached("model.gguf", "nf4")
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    directory = conversion.cached("model.gguf", "nf4")
     (directory / file).write_bytes(b"{")
     with pytest.raises(
         CheckpointError, match=rf"in the cache is damaged, delete {directory} to have it anew: .*{file}"
     ):
-        quantize.cached("model.gguf", "nf4")
+        conversion.cached("model.gguf", "nf4")
     assert list(tmp_path.iterdir()) == [directory]  # no lock
     shutil.rmtree(directory)
-    assert verify(quantize.cached("model.gguf", "nf4"))
+    assert verify(conversion.cached("model.gguf", "nf4"))
 
 
 # ---- damage and hostility ----

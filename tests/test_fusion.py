@@ -15,10 +15,10 @@ import tiny
 from chain import make_team
 from fourfold import models
 from fourfold.checkpoint import open_source
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.fusion import fuse
 from fourfold.program import Op, ProgramBuilder
-from fourfold.quantize import convert
 from test_program import config
 
 CONFIGS = {

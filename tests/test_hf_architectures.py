@@ -16,11 +16,11 @@ import tiny
 from fourfold.checkpoint import check_complete, open_source
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.config import LinearScaling, LongRope, ModelConfig
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.models import weight_specs
 from fourfold.models.shapes import SHAPES
-from fourfold.quantize import convert
 from goldens import models
 
 Json = dict[str, Any]

@@ -21,9 +21,9 @@ MAX_LINES = 450
 FLOORS = (
     ("_core", "_cpu_check"),
     ("errors",),
-    ("config", "format", "machine", "placement"),
+    ("config", "format", "machine", "placement", "matrix"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
-    ("checkpoint", "pipeline", "quantize", "synth", "locate"),
+    ("checkpoint", "keep", "pipeline", "conversion", "synth", "locate"),
     (
         *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
@@ -48,6 +48,10 @@ FLOORS = (
         "cli_serve",
         "cli_synth",
         "server",
+        "torch",
+        "transformers",
+        "deepspeed",
+        "tensorflow",
         "__init__",
     ),
 )
@@ -77,10 +81,10 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
-    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team"),
-    ("file_stream", "kernels", "pack", "probe", "weight"),
-    ("program", "ops", "ops_attention", "ops_streamed"),
-    ("names", "bindings", "bind_kernels", "bind_machine", "bind_pack", "bind_probe", "bind_program"),
+    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
+    ("file_stream", "kernels", "pack", "place", "probe", "weight"),
+    ("matmul", "program", "ops", "ops_attention", "ops_streamed"),
+    ("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe", "bind_program"),
 )
 NATIVE_FLOOR = {unit: number for number, floor in enumerate(NATIVE_FLOORS) for unit in floor}
 

@@ -16,7 +16,7 @@ import pytest
 
 import fake_source
 from fake_source import contents, names
-from fourfold import quantize
+from fourfold import conversion
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.errors import CheckpointError, ResourceError, RuntimeFailure, UnsupportedError, UserError
 from fourfold.models import weight_specs
@@ -33,7 +33,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import fake_source
-from fourfold import quantize
+from fourfold import conversion
 
 calls = 0
 def progress(done, total):
@@ -42,7 +42,7 @@ def progress(done, total):
     if calls == 9:
         os.kill(os.getpid(), signal.SIGKILL)
 
-quantize.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "nf4", progress=progress)
+conversion.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "nf4", progress=progress)
 """
 
 
@@ -50,7 +50,7 @@ quantize.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an undisturbed conversion writes."""
     path = tmp_path_factory.mktemp("conversion") / "model"
-    quantize.convert(fake_source.source(fake_source.tensors()), path, "nf4")
+    conversion.convert(fake_source.source(fake_source.tensors()), path, "nf4")
     return path
 
 
@@ -67,7 +67,7 @@ def read_weights(tensors: dict[str, fake_source.FakeTensor]) -> set[str]:
 
 def assert_resumes(dst: Path, converted: Path, tensors: dict[str, fake_source.FakeTensor], n_finished: int) -> None:
     """The rest is converted, what was finished is not read again; the bytes are an undisturbed conversion's."""
-    quantize.convert(fake_source.source(tensors), dst, "nf4")
+    conversion.convert(fake_source.source(tensors), dst, "nf4")
     kept = {spec.rows.names[0] for spec in SPECS[:n_finished]}
     assert read_weights(tensors) == set(tensors) - kept
     assert contents(dst) == contents(converted)
@@ -85,7 +85,7 @@ SHOT = """
 import os, signal, sys
 from pathlib import Path
 import fake_source
-from fourfold import quantize
+from fourfold import conversion
 
 # The process dies at the given system call of those that reach the disk: before it, or after half of it.
 left = int(sys.argv[2])
@@ -99,7 +99,7 @@ def shot(call, halve):
         return call(fd, data, *rest)
     return count
 os.pwrite = shot(os.pwrite, os.pwrite)
-writer = quantize.DirectoryWriter
+writer = conversion.DirectoryWriter
 append = writer._append
 def half_a_line(self, record):
     global left
@@ -109,8 +109,8 @@ def half_a_line(self, record):
         os.kill(os.getpid(), signal.SIGKILL)
     append(self, record)
 writer._append = half_a_line
-quantize.PIECE_BYTES = 1 << 15  # many pieces to a weight
-quantize.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "nf4")
+conversion.PIECE_BYTES = 1 << 15  # many pieces to a weight
+conversion.convert(fake_source.source(fake_source.tensors()), Path(sys.argv[1]), "nf4")
 """
 
 
@@ -138,7 +138,7 @@ def test_resumes_after_an_interrupt(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4", progress=interrupt)
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4", progress=interrupt)
     n_finished = len((tmp_path / "dst.partial/journal.jsonl").read_text().splitlines()) - 1
     assert 0 < n_finished < len(SPECS)
     assert_resumes(tmp_path / "dst", converted, tensors, n_finished)
@@ -157,7 +157,7 @@ def test_a_torn_journal_and_damaged_data_are_done_again(
         byte = file.read(1)[0]
         file.seek(start)
         file.write(bytes([byte ^ 1]))
-    quantize.convert(fake_source.source(tensors), dst, "nf4")
+    conversion.convert(fake_source.source(tensors), dst, "nf4")
     assert read_weights(tensors) == set(tensors) - {spec.rows.names[0] for spec in SPECS[1:8]}
     assert contents(dst) == contents(converted)
 
@@ -167,16 +167,16 @@ def test_a_partial_of_something_else_is_not_touched(tmp_path: Path) -> None:
     before = contents(tmp_path / "dst.partial")
     for fmt, fingerprint in (("nf4", "another"), ("int8", "0123")):
         with pytest.raises(UserError, match=r"dst\.partial is an unfinished conversion of another source or format"):
-            quantize.convert(fake_source.source(fake_source.tensors(), fingerprint), tmp_path / "dst", fmt)
+            conversion.convert(fake_source.source(fake_source.tensors(), fingerprint), tmp_path / "dst", fmt)
     assert contents(tmp_path / "dst.partial") == before
 
 
 def test_two_conversions_to_one_place_are_refused(tmp_path: Path) -> None:
     def again(done: int, total: int) -> None:
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
 
     with pytest.raises(UserError, match="another process is writing"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4", progress=again)
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4", progress=again)
 
 
 # ---- disks and destinations ----
@@ -185,21 +185,21 @@ def test_two_conversions_to_one_place_are_refused(tmp_path: Path) -> None:
 def test_a_destination_that_exists_is_not_touched(converted: Path) -> None:
     before = contents(converted)
     with pytest.raises(UserError, match="model exists already"):
-        quantize.convert(fake_source.source(fake_source.tensors()), converted, "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), converted, "nf4")
     assert contents(converted) == before
     assert names(converted.parent) == ["model"]
 
 
 def test_a_destination_without_a_parent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no directory"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "no" / "model", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "no" / "model", "nf4")
     assert names(tmp_path) == []
 
 
 def test_too_small_a_disk_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ResourceError, match=r"needs 0\.03 GB more on its disk"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "model", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "model", "nf4")
     assert names(tmp_path) == []
 
 
@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_resumes(
 
     monkeypatch.setattr(os, "pwrite", small_disk)
     with pytest.raises(ResourceError, match=r"no room to write .*dst\.partial .*goes on where it stopped"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
     monkeypatch.undo()
     n_finished = len((tmp_path / "dst.partial/journal.jsonl").read_text().splitlines()) - 1
     assert n_finished > 0
@@ -230,7 +230,7 @@ def test_a_full_disk_stops_it_and_more_room_lets_it_go_on(tmp_path: Path, conver
 import shutil, subprocess, sys
 from pathlib import Path
 import fake_source
-from fourfold import quantize
+from fourfold import conversion
 from fourfold.errors import ResourceError
 
 dst, n_finished = Path(sys.argv[1]) / "dst", 0
@@ -239,7 +239,7 @@ shutil.disk_usage = lambda path: type("Usage", (), {"free": 1 << 40})  # the dis
 for size in ("160k", "240k", "10m"):
     subprocess.run(["mount", "-o", f"remount,size={size}", dst.parent], check=True)
     try:
-        quantize.convert(source, dst, "nf4")
+        conversion.convert(source, dst, "nf4")
     except ResourceError as error:
         lines = (Path(f"{dst}.partial") / "journal.jsonl").read_text().count(chr(10))
         assert lines > n_finished, lines
@@ -265,10 +265,10 @@ os.execvp("unshare", ["unshare", "-rm", "sh", "-c", inside, sys.executable, sys.
 def test_a_limit_on_file_sizes_is_one_sentence(tmp_path: Path) -> None:
     code = """
 import sys, fake_source
-from fourfold import quantize
+from fourfold import conversion
 from fourfold.errors import ResourceError
 try:
-    quantize.convert(fake_source.source(fake_source.tensors()), sys.argv[1], "nf4")
+    conversion.convert(fake_source.source(fake_source.tensors()), sys.argv[1], "nf4")
 except ResourceError as error:
     print(error)
 """
@@ -283,19 +283,19 @@ def test_a_bad_request_leaves_nothing_behind(
 ) -> None:
     tensors["model.layers.2.mlp.down_proj.weight"].data[5, 7] = np.nan
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.down_proj\.weight .*holds NaN or infinity"):
-        quantize.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
     tensors["model.layers.2.mlp.down_proj.weight"].data[5, 7] = 0
     tensors["model.norm.weight"].data[0] = np.inf
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight .*holds NaN or infinity"):
-        quantize.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
     del tensors["model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"lacks the tensor model\.norm\.weight"):
-        quantize.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(tensors), tmp_path / "dst", "nf4")
     with pytest.raises(UserError, match="no format 'nf5'"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf5")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf5")
     monkeypatch.setenv("FOURFOLD_ISA", "sse9")
     with pytest.raises(UnsupportedError, match="sse9"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
     assert names(tmp_path) == []
 
 
@@ -303,18 +303,18 @@ def test_only_a_number_that_is_not_finite_is_the_sources_fault(tmp_path: Path, m
     def fail(*_: object, **__: object) -> None:
         raise ValueError("panels must have another shape")
 
-    monkeypatch.setattr(quantize._core, "pack", fail)
+    monkeypatch.setattr(conversion._core, "pack", fail)
     with pytest.raises(RuntimeFailure, match="embed could not be packed: panels must have another shape"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "dst", "nf4")
 
 
 @pytest.mark.parametrize("name", ["/", "."])
 def test_a_destination_without_a_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="is not a name for a new directory"):
-        quantize.convert(fake_source.source(fake_source.tensors()), Path(name), "nf4")
+        conversion.convert(fake_source.source(fake_source.tensors()), Path(name), "nf4")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10**9])
 def test_an_impossible_number_of_threads_is_refused(threads: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="threads must be a whole number from 1 to"):
-        quantize.convert(fake_source.source(fake_source.tensors()), tmp_path / "x", "nf4", threads=threads)
+        conversion.convert(fake_source.source(fake_source.tensors()), tmp_path / "x", "nf4", threads=threads)

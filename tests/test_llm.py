@@ -13,8 +13,8 @@ import pytest
 from fourfold import LLM, SamplingParams
 from fourfold.chat_template import ChatTemplate
 from fourfold.checkpoint import open_source
+from fourfold.conversion import convert
 from fourfold.errors import CheckpointError, UserError
-from fourfold.quantize import convert
 from fourfold.tokenizer import Tokenizer
 from scripted import BOS, EOS, N_IDS, SEP, VOCAB, ScriptedEngine, scripted_llm
 

@@ -14,10 +14,10 @@ import pytest
 
 import tiny
 from fourfold.checkpoint import open_source
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.machine import Node, RankPlan, read_machine
 from fourfold.placement import HUGE_PAGE_BYTES, PAGE_BYTES, by_rank, start_team
-from fourfold.quantize import convert
 
 WRITTEN = ("weights", "vectors")  # when the model is loaded; the rest of the kinds only where a step needed it
 KINDS = {*WRITTEN, "activations", "scratch", "kv", "state"}

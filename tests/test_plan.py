@@ -17,6 +17,7 @@ from fourfold import cli, plan
 from fourfold.bench import prediction
 from fourfold.checkpoint import open_source
 from fourfold.config import FORMATS
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import UnsupportedError, UserError
 from fourfold.machine import RankPlan
@@ -27,7 +28,6 @@ from fourfold.plan.answer import find_subject
 from fourfold.plan.machines import NodeRates, format_machine, known_machines, load_machine, parse_machine
 from fourfold.plan.times import Clock
 from fourfold.plan.work import Work, count_work
-from fourfold.quantize import convert
 from tiny import CONFIG, QWEN2, YUAN, tensors, write_huggingface
 
 SERVER = load_machine("nf8260g7")

@@ -18,11 +18,11 @@ from fourfold import cli, cli_generate, cli_profile
 from fourfold.bench import limits
 from fourfold.chat_template import ChatTemplate
 from fourfold.checkpoint import open_source
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.llm import LLM
 from fourfold.profile import MARK, PHASES, Profile
-from fourfold.quantize import convert
 from fourfold.trace_file import write_trace
 from scripted import TEMPLATE, byte_tokenizer
 from test_team import chain

@@ -17,9 +17,9 @@ import tiny
 import torch_writer
 from fourfold import cli
 from fourfold.checkpoint import Source, check_complete, open_source
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.models import weight_specs
-from fourfold.quantize import convert
 from megatron_writer import write_megatron
 
 Tensors = dict[str, NDArray[Any]]

@@ -14,11 +14,11 @@ import reference
 import tiny
 from fourfold.checkpoint import open_source
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.format import n_panels, unpack
 from fourfold.models import weight_specs
 from fourfold.models.rows import HeadPairs, PlusOne, Slice, TimeConv
-from fourfold.quantize import convert
 from goldens import models as goldens
 
 Tensors = dict[str, NDArray[Any]]
@@ -114,8 +114,9 @@ def _values(directory: FourfoldDirectory, name: str) -> NDArray[Any]:
     if name in directory.vectors:
         return directory.vectors[name]
     weight, file = directory.weights[name], directory.weights_path
-    assert weight.scale_offset is not None
     count = n_panels(weight.shape[0])
     panels = np.fromfile(file, np.uint8, weight.data_bytes, offset=weight.data_offset).reshape(count, -1)
-    scales = np.fromfile(file, np.float32, count, offset=weight.scale_offset)
+    scales = None
+    if weight.scale_offset is not None:
+        scales = np.fromfile(file, np.float32, count, offset=weight.scale_offset)
     return unpack(panels, scales, weight.format, weight.shape)

@@ -3,7 +3,7 @@
 //
 //   kLanes floats a Vec; add_pairs adds the
 //   products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in its own order; load and
-//   store need no alignment; fma(a, b, c) = a * b + c exp is within 2 units in the last place for x <= 0 (all it is
+//   store need = a * b + c exp is within 2 units in the last place for x <= 0 (all it is
 //   used for), and exp(-87) = 1.6e-38 below -87
 #pragma once
 #include <bit>
@@ -42,6 +42,17 @@ inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
 inline Vec load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline Vec load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store_half(uint16_t* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Vec load_bf16(const uint16_t* p) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -72,6 +83,16 @@ inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
 }
 inline Vec load_int8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec load_half(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_half(uint16_t* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Vec load_bf16(const uint16_t* p) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
 }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -110,6 +131,9 @@ inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
     return sum + even(*p) * even(x) + odd(*p) * odd(x);
 }
 inline Vec load_int8(const int8_t* p) { return *p; }
+inline Vec load_half(const uint16_t* p) { return from_half(*p); }
+inline void store_half(uint16_t* p, Vec v) { *p = to_half(v); }
+inline Vec load_bf16(const uint16_t* p) { return std::bit_cast<float>(static_cast<uint32_t>(*p) << 16); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }

@@ -172,6 +172,9 @@ struct RowKernels {
     // One row of a weight as float32: row n of the matrix whose first panel is given.
     void (*unpack_row)(Format format, const uint8_t* panels, const float* panel_scales, size_t n, size_t k_tiles,
                        float* out);
+    // n numbers of another type to float32, and back to nearest even. A NaN stays one.
+    void (*widen)(NumberType type, const void* from, size_t n, float* to);
+    void (*narrow)(NumberType type, const float* from, size_t n, void* to);
 };
 
 const RowKernels& row_kernels(Isa isa);

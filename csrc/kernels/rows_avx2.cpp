@@ -5,10 +5,12 @@
 namespace fourfold {
 namespace {
 #include "kernels/attention.inl"
+#include "kernels/numbers.inl"
 #include "kernels/rowwise.inl"
 }  // namespace
 
-extern const RowKernels kRowsAvx2 = {Isa::avx2, rms_factor, scale_row, rope,     silu_mul, gelu_tanh_mul, add_parts,
-                                     attend,    merge,      kv_store,  kv_clear, pack,     unpack_row};
+extern const RowKernels kRowsAvx2 = {Isa::avx2,     rms_factor, scale_row,  rope,  silu_mul,
+                                     gelu_tanh_mul, add_parts,  attend,     merge, kv_store,
+                                     kv_clear,      pack,       unpack_row, widen, narrow};
 
 }  // namespace fourfold

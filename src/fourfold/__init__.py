@@ -8,11 +8,12 @@ from fourfold._cpu_check import check
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM, Completion
+    from fourfold.matrix import QuantizedMatrix, linear, quantize
     from fourfold.sampling import SamplingParams
 
     __version__: str
 
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "QuantizedMatrix", "SamplingParams", "__version__", "linear", "quantize"]
 
 check()
 
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> object:
         from fourfold import llm
 
         return getattr(llm, name)
+    if name in ("QuantizedMatrix", "linear", "quantize"):
+        from fourfold import matrix
+
+        return getattr(matrix, name)
     if name == "SamplingParams":
         from fourfold.sampling import SamplingParams
 

@@ -11,10 +11,10 @@ from rich.table import Table
 
 import fourfold._core as _core
 from fourfold.checkpoint.fourfold_dir import WEIGHTS
+from fourfold.conversion import cache_root
 from fourfold.disk import disk_rate
 from fourfold.errors import RuntimeFailure
 from fourfold.machine import Machine, RankPlan, choose_isa, plan_ranks, read_machine
-from fourfold.quantize import cache_root
 
 MIN_DISK_BYTES = 50_000_000  # less is read too soon to say what a disk gives
 

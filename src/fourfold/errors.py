@@ -4,6 +4,7 @@ FourfoldError
 ├── UserError            the input or the request is wrong: exit status 2
 │   ├── CheckpointError      a file is missing, damaged, or says something we cannot honour
 │   ├── UnsupportedError     a well-formed request that fourfold refuses by name
+│   ├── MissingExtra         an optional package is not installed
 │   └── ResourceError        not enough memory, disk or cores for what was asked
 │       └── QueueFull            too much is waiting already
 └── RuntimeFailure       fourfold or the machine failed: exit status 1
@@ -24,6 +25,10 @@ class CheckpointError(UserError):
 
 class UnsupportedError(UserError):
     """Well-formed, but not something fourfold can do; the message names the thing."""
+
+
+class MissingExtra(UserError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
 
 
 class ResourceError(UserError):

@@ -28,11 +28,11 @@ from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.fourfold_dir import Progress, kind_of
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import ModelConfig, WeightFormat
+from fourfold.conversion import checked_format, checked_threads
 from fourfold.errors import UserError
 from fourfold.format import CODE_BYTES, GROUP_TILES, SCALED, TILE_K, TILE_N, n_panels, panel_bytes
 from fourfold.machine import choose_isa
 from fourfold.models import WeightSpec
-from fourfold.quantize import checked_format, checked_threads
 
 POOL_GROUPS = 2048  # 4 MB of NF4: drawn from, it stays in the caches
 PIECE_BYTES = 4 << 20  # written at once; each thread holds one

@@ -15,7 +15,7 @@ import tiny
 from fourfold.checkpoint import open_source
 from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import ModelConfig
-from fourfold.quantize import convert
+from fourfold.conversion import convert
 
 ROUNDING = 2.0**-24  # of a float32 result
 # Four heads make four ranks, and a quarter of each of its largest matrices fills a huge page.

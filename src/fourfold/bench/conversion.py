@@ -20,12 +20,12 @@ import fourfold._core as _core
 from fourfold.bench.limits import Limits, check_counts, fractions, spread
 from fourfold.checkpoint import open_source
 from fourfold.checkpoint.hf_config import model_config
+from fourfold.conversion import checked_format, checked_threads, convert
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
-from fourfold.locate import DEFAULT_FORMAT
+from fourfold.keep import DEFAULT_FORMAT
 from fourfold.machine import Machine, choose_isa, plan_ranks, read_machine
 from fourfold.models import weight_specs
-from fourfold.quantize import checked_format, checked_threads, convert
 
 # The checkpoint that is made where none is given; layers are added until it is large enough.
 MADE: dict[str, Any] = {

@@ -1,0 +1,103 @@
+#include "crew.h"
+
+#include <emmintrin.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+namespace fourfold {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kSpin = std::chrono::microseconds(50);  // about what a sleeping thread takes to wake
+
+class OwnCrew final : public Crew {
+  public:
+    void run(size_t n, Job job) override {
+        if (n == 0) return;
+        const std::lock_guard<std::mutex> turn(turn_);
+        while (n_threads_ + 1 < n) {
+            const size_t i = n_threads_ + 1;
+            std::thread([this, i, seen = call_.load()] { serve(i, seen); }).detach();  // never joined: see own_crew
+            n_threads_ = i;
+        }
+        job_ = job;
+        pending_.store(n - 1, std::memory_order_relaxed);
+        call_.store(next_call(n), std::memory_order_release);
+        if (n > 1) call_.notify_all();
+        job(0);
+        for (size_t spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins)
+            spins < 10000 ? _mm_pause() : std::this_thread::yield();
+    }
+
+  private:
+    // A call in one word, which a thread reads at once: its number, and how many take part. Those that do not may sleep
+    // through it; those that do are waited for, so that nothing of a call changes before they are done.
+    static constexpr int kBits = 16;
+    uint64_t next_call(size_t n) const { return ((call_.load() >> kBits) + 1) << kBits | n; }
+
+    void serve(size_t i, uint64_t seen) {
+        for (;;) {
+            seen = await(seen);
+            if (i >= (seen & ((1 << kBits) - 1))) continue;
+            job_(i);
+            pending_.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    uint64_t await(uint64_t seen) const {
+        const auto until = Clock::now() + kSpin;
+        for (;;) {
+            for (int spins = 0; spins < 64; ++spins) {
+                const uint64_t call = call_.load(std::memory_order_acquire);
+                if (call != seen) return call;
+                _mm_pause();
+            }
+            if (Clock::now() > until) call_.wait(seen, std::memory_order_acquire);
+        }
+    }
+
+    std::mutex turn_;
+    size_t n_threads_ = 0;  // beside the caller
+    Job job_{};
+    alignas(64) std::atomic<uint64_t> call_ = 0;
+    alignas(64) std::atomic<size_t> pending_ = 0;
+};
+
+std::atomic<OwnCrew*> shared = nullptr;
+
+}  // namespace
+
+Crew& own_crew() {
+    // Never destroyed: its threads may outlive main. A forked child has none of them, and forgets it.
+    static std::once_flag once;
+    std::call_once(once, [] {
+        shared = new OwnCrew;
+        pthread_atfork(nullptr, nullptr, [] { shared = new OwnCrew; });
+    });
+    return *shared;
+}
+
+void OpenMpCrew::run(size_t n, Job job) {
+    if (n <= 1) {
+        if (n == 1) job(0);
+        return;
+    }
+    struct Call {
+        const OpenMp& runtime;
+        size_t n;
+        Job job;
+    } call{runtime_, n, job};
+    const auto region = [](void* data) {
+        const Call& c = *static_cast<const Call*>(data);
+        const auto step = static_cast<size_t>(c.runtime.num_threads());
+        for (auto i = static_cast<size_t>(c.runtime.thread_num()); i < c.n; i += step) c.job(i);
+    };
+    runtime_.parallel(region, &call, static_cast<unsigned>(n), 0);
+}
+
+}  // namespace fourfold

@@ -1,0 +1,49 @@
+// Threads for one call at a time, where there is no team: they belong to nobody's memory and to no CPU.
+//
+// Inside another framework its own threads do our work: those of the OpenMP runtime that it computes with, entered as
+// its compiled loops enter it. Everywhere else a few of ours do, which sleep between calls.
+#pragma once
+#include <cstddef>
+
+namespace fourfold {
+
+// A job is called once for each i < n, from whatever threads there are. It must not throw.
+struct Job {
+    void (*call)(void* self, size_t i);
+    void* self;
+    void operator()(size_t i) const { call(self, i); }
+};
+template <class F>
+Job job_of(F& f) {
+    return {[](void* self, size_t i) { (*static_cast<F*>(self))(i); }, &f};
+}
+
+class Crew {
+  public:
+    virtual ~Crew() = default;
+    // Calls job(i) for every i < n, the caller among those that do, and returns when all are done. Callers take turns.
+    virtual void run(size_t n, Job job) = 0;
+};
+
+// Our own threads: as many as were ever asked for at once, one for each i, which spin for a moment and then sleep. A
+// forked child starts its own. Throws std::system_error where the system gives no more threads.
+Crew& own_crew();
+
+// The entry points of a loaded OpenMP runtime, by the names under which GCC's and LLVM's export them.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned n_threads, unsigned flags);  // GOMP_parallel
+    int (*thread_num)();                                                           // omp_get_thread_num
+    int (*num_threads)();                                                          // omp_get_num_threads
+};
+
+// Threads of another framework's OpenMP runtime: as many as it gives, which may be fewer than n.
+class OpenMpCrew final : public Crew {
+  public:
+    explicit OpenMpCrew(OpenMp runtime) : runtime_(runtime) {}
+    void run(size_t n, Job job) override;
+
+  private:
+    OpenMp runtime_;
+};
+
+}  // namespace fourfold

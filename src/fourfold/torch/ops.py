@@ -1,0 +1,202 @@
+"""The operators `torch.ops.fourfold.*`: what PyTorch's dispatcher, compiler and autograd know of our kernels.
+
+Weights come as tensors of bytes: `weight` uint8 (P, bytes of a panel) and `weight_scale` uint8 (P, 4), which are
+float32 panel scales. Bytes, because whoever casts a model to another type casts every floating-point tensor in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fourfold._core as _core
+from fourfold.errors import UserError
+from fourfold.format import SCALED, n_panels, panel_bytes
+from fourfold.matrix import check_format
+
+NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/format.h, NumberType
+GRAD_ROWS_BYTES = 32 << 20  # of weights as float32, for a gradient at a time
+
+_library = torch.library.Library("fourfold", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, str format, SymInt out_features) -> Tensor"
+)
+_library.define(
+    "linear_input_grad(Tensor grad, Tensor weight, Tensor? weight_scale, str format, SymInt in_features) -> Tensor"
+)
+_library.define(
+    "dequantize(Tensor weight, Tensor? weight_scale, str format, SymInt out_features, SymInt in_features) -> Tensor"
+)
+
+
+def _lend_threads() -> bool:
+    """Our kernels run on the OpenMP threads that PyTorch computes with, if that is what it was built with."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    try:  # found in the library or in what it is linked with: the runtime that is PyTorch's, not another that is loaded
+        functions = [getattr(library, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    except AttributeError:
+        return False
+    _core.lend_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    return True
+
+
+HAS_TORCH_THREADS = _lend_threads()  # else as many of our own
+
+
+@lru_cache(maxsize=4096)
+def weight_shapes(format: str, n: int, k: int) -> tuple[tuple[int, int], tuple[int, int] | None]:
+    """Shapes of `weight` and, where the format has scales, of `weight_scale` for a matrix (n, k)."""
+    chosen = check_format(format)
+    return (n_panels(n), panel_bytes(chosen, k)), (n_panels(n), 4) if chosen in SCALED else None
+
+
+def _linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
+) -> Tensor:
+    k = x.shape[-1]
+    _check(weight, weight_scale, format, out_features, k)
+    rows = x.reshape(-1, k)  # a view, where x's axes allow it
+    if rows.stride(1) != 1 or rows.stride(0) < k:
+        rows = rows.contiguous()
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    if bias is not None:
+        _check_bias(bias, out_features)
+        bias = bias.contiguous()
+    _core.matmul(
+        format,
+        out_features,
+        k,
+        weight.data_ptr(),
+        0 if weight_scale is None else weight_scale.data_ptr(),
+        rows.data_ptr(),
+        _number_type(x),
+        rows.shape[0],
+        rows.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _number_type(bias),
+        y.data_ptr(),
+        _number_type(y),
+        torch.get_num_threads(),
+        HAS_TORCH_THREADS,
+    )
+    return y
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_autocast(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
+) -> Tensor:
+    wanted = torch.get_autocast_dtype("cpu")
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
+        bias = None if bias is None else bias.to(wanted)
+        y: Tensor = torch.ops.fourfold.linear(x.to(wanted), weight, weight_scale, bias, format, out_features)
+        return y
+
+
+def _linear_input_grad(
+    grad: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
+) -> Tensor:
+    """grad (..., N) times W (N, K), in float32, for a few MB of rows of W at a time."""
+    n, k = grad.shape[-1], in_features
+    rows = grad.reshape(-1, n).float()
+    total = torch.zeros((rows.shape[0], k), dtype=torch.float32)
+    at_once = max(1, GRAD_ROWS_BYTES // (4 * k))
+    for begin in range(0, n, at_once):
+        end = min(begin + at_once, n)
+        total.addmm_(rows[:, begin:end], _rows(weight, weight_scale, format, n, k, begin, end))
+    return total.to(grad.dtype).reshape(*grad.shape[:-1], k)
+
+
+def _linear_input_grad_fake(
+    grad: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _dequantize(
+    weight: Tensor, weight_scale: Tensor | None, format: str, out_features: int, in_features: int
+) -> Tensor:
+    return _rows(weight, weight_scale, format, out_features, in_features, 0, out_features)
+
+
+def _dequantize_fake(
+    weight: Tensor, weight_scale: Tensor | None, format: str, out_features: int, in_features: int
+) -> Tensor:
+    return weight.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+def _rows(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int, begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of the weight, float32."""
+    _check(weight, weight_scale, format, n, k)
+    rows = torch.empty((end - begin, k), dtype=torch.float32)
+    scales = 0 if weight_scale is None else weight_scale.data_ptr()
+    threads = torch.get_num_threads()
+    _core.unpack_rows(format, n, k, weight.data_ptr(), scales, begin, end, rows.data_ptr(), threads, HAS_TORCH_THREADS)
+    return rows
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_scale, bias, format, _ = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.format, ctx.in_features, ctx.bias_type = format, x.shape[-1], None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_scale = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.fourfold.linear_input_grad(grad, weight, weight_scale, ctx.format, ctx.in_features)
+    if ctx.needs_input_grad[3]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_type)
+    return to_x, None, None, to_bias, None, None
+
+
+def _check(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int) -> None:
+    """Raises UserError where the tensors are not those of a matrix (n, k): the kernels read by address."""
+    shape, scale_shape = weight_shapes(format, n, k)
+    if weight.shape != shape or weight.dtype != torch.uint8 or not weight.is_contiguous():
+        raise UserError(
+            f"a {format} weight of {n} outputs and {k} inputs is a contiguous uint8 tensor {shape}; "
+            f"this one is {weight.dtype} {tuple(weight.shape)}"
+        )
+    if scale_shape is None:
+        if weight_scale is not None:
+            raise UserError(f"{format} has no panel scales")
+    elif weight_scale is None or weight_scale.shape != scale_shape or not _is_bytes(weight_scale):
+        raise UserError(f"the scales of {n} outputs in {format} are a contiguous uint8 tensor {scale_shape}")
+
+
+def _check_bias(bias: Tensor, n: int) -> None:
+    if bias.shape != (n,):
+        raise UserError(f"bias must have one value for each of the {n} outputs; it is {tuple(bias.shape)}")
+
+
+def _is_bytes(tensor: Tensor) -> bool:
+    return bool(tensor.dtype == torch.uint8 and tensor.is_contiguous())
+
+
+def _number_type(tensor: Tensor) -> int:
+    try:
+        return NUMBER_TYPES[tensor.dtype]
+    except KeyError:
+        raise UserError(f"inputs must be float32, float16 or bfloat16, not {tensor.dtype}") from None
+
+
+_library.impl("linear", _linear, "CPU")
+_library.impl("linear", _linear_autocast, "AutocastCPU")
+_library.impl("linear_input_grad", _linear_input_grad, "CPU")
+_library.impl("dequantize", _dequantize, "CPU")
+torch.library.register_fake("fourfold::linear", _linear_fake, lib=_library)
+torch.library.register_fake("fourfold::linear_input_grad", _linear_input_grad_fake, lib=_library)
+torch.library.register_fake("fourfold::dequantize", _dequantize_fake, lib=_library)
+torch.library.register_autograd("fourfold::linear", _backward, setup_context=_keep_for_backward, lib=_library)

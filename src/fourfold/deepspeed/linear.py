@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from deepspeed.module_inject.layers import GatherFromTensorParallelRegion, RowParallel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.errors import UserError
 from fourfold.torch import Linear
@@ -40,20 +40,35 @@ class Group:
         return self  # a process group cannot be copied
 
 
-class ColumnParallelLinear(Linear):
+class _Shard(Linear):
+    """A process's part of a matrix."""
+
+    group = Group()
+
+    @classmethod
+    def _of(cls, layer: Any, format: str) -> Self:
+        made = cls.from_float(layer, format=format)
+        made.group = Group.of(layer)
+        if layer.bias is not None:  # the same memory, without the layer that DeepSpeed hangs on a parameter
+            made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, process={self.group.rank} of {self.group.size}"
+
+
+class ColumnParallelLinear(_Shard):
     """Some outputs of a whole linear: x (..., K) to y (..., N of this process), or to those of all where gathered.
 
     `widths`, where outputs are gathered, is the number of outputs of each process; else None.
     """
 
-    group = Group()
     widths: tuple[int, ...] | None = None
 
     @classmethod
     def from_layer(cls, layer: Any, *, format: str, gathered: bool) -> Self:
         """The same shard as one of DeepSpeed's layers, quantized; its bias is shared. Raises as `from_float` does."""
-        made = cls.from_float(layer, format=format)
-        made.group = Group.of(layer)
+        made = cls._of(layer, format)
         made.widths = tuple(layer._partition_sizes) if gathered and made.group.size > 1 else None
         return made
 
@@ -61,11 +76,8 @@ class ColumnParallelLinear(Linear):
         y = super().forward(input)
         return y if self.widths is None else self.group.gather(y, self.widths)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, process={self.group.rank} of {self.group.size}"
 
-
-class RowParallelLinear(Linear):
+class RowParallelLinear(_Shard):
     """Some inputs of a whole linear: x (..., K of this process) to y (..., N), summed over processes, plus the bias.
 
     Partial sums are float32 in the kernel, rounded to x's type once, and added up by DeepSpeed in that type. The bias,
@@ -73,14 +85,12 @@ class RowParallelLinear(Linear):
     process's, and the width of all of it; else None.
     """
 
-    group = Group()
     inputs: tuple[int, int, int] | None = None  # from, to, of
 
     @classmethod
     def from_layer(cls, layer: Any, *, format: str, whole_input: bool) -> Self:
         """The same shard as one of DeepSpeed's layers, quantized; its bias is shared. Raises as `from_float` does."""
-        made = cls.from_float(layer, format=format)
-        made.group = Group.of(layer)
+        made = cls._of(layer, format)
         if whole_input:
             sizes = layer._partition_sizes
             first = sum(sizes[: made.group.rank])
@@ -98,6 +108,3 @@ class RowParallelLinear(Linear):
         )
         y = self.group.add_up(y)
         return y if self.bias is None else y.add_(self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, process={self.group.rank} of {self.group.size}"

@@ -43,8 +43,8 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     without a weight (more processes than heads).
 
     Raises UserError for an unknown format, for a model that was quantized before it was cut, and where a weight is not
-    finite; UnsupportedError for layers that train, and for one of DeepSpeed's that is not known here. What was exchanged
-    before stays exchanged.
+    finite; UnsupportedError for layers that train, and for one of DeepSpeed's that is not known here. What was
+    exchanged before that stays exchanged.
     """
     check_format(format)
     if _maker(model, format) is not None:
@@ -78,11 +78,13 @@ def _shard(layer: Any, *, kind: str, format: str) -> nn.Module:
         )
     if not layer.weight.is_floating_point():
         raise UserError("its weight was quantized before it was cut; cut first, with deepspeed.init_inference")
+    made: nn.Module
     if kind in BY_OUTPUTS:
         gathered = getattr(layer, "gather_output", False)
-        return ColumnParallelLinear.from_layer(layer, format=format, gathered=gathered)
-    if kind in BY_INPUTS:
-        return RowParallelLinear.from_layer(layer, format=format, whole_input=False)
-    if kind in BY_INPUTS_OF_ALL:
-        return RowParallelLinear.from_layer(layer, format=format, whole_input=True)
-    raise UnsupportedError(f"it is DeepSpeed's {kind}, which fourfold does not know")
+        made = ColumnParallelLinear.from_layer(layer, format=format, gathered=gathered)
+    elif kind in (*BY_INPUTS, *BY_INPUTS_OF_ALL):
+        made = RowParallelLinear.from_layer(layer, format=format, whole_input=kind in BY_INPUTS_OF_ALL)
+    else:
+        raise UnsupportedError(f"it is DeepSpeed's {kind}, which fourfold does not know")
+    layer.weight = None  # which holds its layer in turn: such a ring is freed at some time, and a weight must be now
+    return made

@@ -206,7 +206,7 @@ def put_together(case: Case, reports: list[dict[str, Any]]) -> nn.Module:
 
 
 def yuan_order(model: nn.Module, path: str) -> Tensor | None:
-    """DeepSpeed gives process 0 the value heads 0 and 2, of four, whose queries and keys it has; the others process 1."""
+    """DeepSpeed gives process 0 the value heads 0 and 2, of four, whose queries and keys it has."""
     if not path.endswith(("v_proj", "o_proj")):
         return None
     dim = model.config.hidden_size // 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def open_huggingface(path: Path) -> Source:
         for name in found.keys() - listed if listed else ():
             raise CheckpointError(f"{shard} holds the tensor {name}, which {form.index} does not place there")
         tensors |= found
+    if fields["model_type"] == "gemma3":
+        tensors = _text_part(tensors)
     tensors = _decoded(quantization, tensors, config, path)
     tokenizer = find_tokenizer([path])
     return Source(
@@ -193,6 +196,21 @@ def _indexed(path: Path, form: _Form) -> dict[Path, set[str]]:
             raise CheckpointError(f"{file} places the tensor {name} in {shard!r}, which is not a file beside it")
         shards.setdefault(path / shard, set()).add(name)
     return shards
+
+
+_SEES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def _text_part(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """Of Gemma 3 that also sees: what speaks, by the names that a model has that speaks alone."""
+
+    def name(theirs: str) -> str:
+        for prefix in ("language_model.model.", "model.language_model."):
+            if theirs.startswith(prefix):
+                return "model." + theirs.removeprefix(prefix)
+        return theirs.removeprefix("language_model.")
+
+    return {name(theirs): tensor for theirs, tensor in tensors.items() if not _SEES.match(theirs)}
 
 
 def _with_generation_eos(config: ModelConfig, file: Path) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Linear(nn.Linear):
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, *, format: str = "nf4") -> Linear:
+    def from_float(cls, linear: nn.Linear, *, format: str = "nf4") -> Self:
         """The same linear, quantized; its bias is shared. Raises UserError where a weight is not finite."""
         if linear.weight.device.type != "cpu":
             raise UserError(f"weights are quantized on the CPU; this linear's are on {linear.weight.device}")
@@ -67,7 +67,7 @@ class Linear(nn.Linear):
         return made
 
     @classmethod
-    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Linear:
+    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Self:
         """A linear over a matrix's own memory."""
         n, k = matrix.shape
         made = cls(k, n, bias=False, device="meta", format=matrix.format)

@@ -28,6 +28,7 @@ from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerp
 from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
+from fourfold.models import weight_specs
 
 if TYPE_CHECKING:
     from fourfold.models.rows import SourceTensor
@@ -110,6 +111,8 @@ def _decoded(
         if not coded:
             raise CheckpointError(f"{quantization.where} says {method}, but {path} has none of its tensors")
         rest = {name: tensor for name, tensor in rest.items() if name in parts or name not in mapped} | coded
+        for name in _empty_biases(rest, coded, config):
+            del rest[name]
         if config.tie_embeddings and HEAD in coded:
             raise UnsupportedError(f"{path} quantizes {HEAD}, though its config.json ties it to the embedding")
     for name, tensor in rest.items():
@@ -120,6 +123,15 @@ def _decoded(
                 " of a quantization_config"
             )
     return rest
+
+
+def _empty_biases(
+    tensors: Mapping[str, SourceTensor], coded: Mapping[str, CodedTensor], config: ModelConfig
+) -> list[str]:
+    """Biases of zeros that a quantized linear was given though the model has none, as older AutoGPTQ did."""
+    needed = {name for spec in weight_specs(config) for name in spec.rows.names}
+    biases = [bias for name in coded if (bias := f"{name.removesuffix('weight')}bias") in tensors.keys() - needed]
+    return [bias for bias in biases if not np.any(tensors[bias].rows(0, tensors[bias].shape[0]))]
 
 
 def safetensors(file: MappedFile) -> dict[str, MappedTensor]:

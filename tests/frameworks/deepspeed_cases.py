@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from yuan_torch import YuanForCausalLM
 
 PROMPTS = (40, 3)  # ids: for the kernels of many rows, and of few
+PLAIN_LLAMA: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "tie_word_embeddings": False, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "golden" / "yuan-d64"
 
 
@@ -26,6 +30,13 @@ def llama() -> nn.Module:
         max_position_embeddings=64,
     )  # fmt: skip
     return seeded(lambda: LlamaForCausalLM(config))
+
+
+def plain_llama() -> nn.Module:
+    """One that fourfold itself runs, with a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**PLAIN_LLAMA)))
 
 
 def neox() -> nn.Module:
@@ -64,7 +75,14 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "neox": neox, "yuan": yuan, "yuan-cut-filters": yuan}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "plain llama": plain_llama,
+    "neox": neox,
+    "yuan": yuan,
+    "yuan-cut-filters": yuan,
+}
+SAVED = ("plain llama", "yuan", "yuan-cut-filters")  # in float32, by DeepSpeed
 CASES = [  # model, its type, the shards' format
     *((name, "float32", "f32") for name in MODELS),
     *((name, "bfloat16", "bf16") for name in ("llama", "yuan")),

@@ -1,6 +1,7 @@
 """One of the processes that test_deepspeed.py has DeepSpeed start: python deepspeed_worker.py DIRECTORY.
 
-Writes DIRECTORY/RANK.pt: of each case DeepSpeed's own logits, ours, and our shards; and what a process observed.
+Writes DIRECTORY/RANK.pt: of each case DeepSpeed's own logits, ours, and our shards; and what a process observed. Beside
+it checkpoints as DeepSpeed saves them: NAME.saved for inference, engine.STAGE amid training.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from deepspeed.module_inject import layers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from deepspeed_cases import CASES, PROMPTS, built, logits
+from deepspeed_cases import CASES, PROMPTS, SAVED, built, logits
 
 import fourfold.deepspeed
 from fourfold.errors import FourfoldError
@@ -37,6 +38,8 @@ def run_case(name: str, dtype: str, fmt: str, directory: Path) -> dict[str, Any]
         torch.distributed.barrier()
         files = [str(directory / "checkpoint.pt")]
         more = {"checkpoint": {"type": "ds_model", "checkpoints": files, "version": 1.0}, "base_dir": ""}
+    if name in SAVED and fmt == "f32":
+        more["save_mp_checkpoint_path"] = str(directory / f"{name}.saved")
     engine = deepspeed.init_inference(model, tensor_parallel={"tp_size": 2}, dtype=getattr(torch, dtype), **more)
     theirs = [logits(engine, n) for n in PROMPTS]
     kinds = {path: type(module).__name__ for path, module in engine.module.named_modules()}
@@ -158,6 +161,23 @@ def single_layers() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
+def save_engines(directory: Path) -> None:
+    """What DeepSpeed leaves of a training, without ZeRO, with its stage 1, and with its stage 3."""
+    for stage in (0, 1, 3):
+        model = built("plain llama", "bfloat16")
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            config={
+                "train_batch_size": 2,
+                "bf16": {"enabled": True},
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+        engine.save_checkpoint(str(directory / f"engine.{stage}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
@@ -171,6 +191,7 @@ def main() -> None:
     report["refusals"] = refusals()
     report["layers"] = single_layers()
     report["threads"] = observe_threads()
+    save_engines(directory)
     torch.save(report, directory / f"{os.environ['RANK']}.pt")
 
 

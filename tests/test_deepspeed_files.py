@@ -122,6 +122,17 @@ def test_a_listed_file_may_be_safetensors_or_of_megatron_ranks(tmp_path: Path) -
     read_all(engine, WEIGHTS["llama"])
 
 
+def test_what_is_not_read_of_megatron_deepspeed(tmp_path: Path) -> None:
+    path = write_layers(tmp_path / "model", tiny.CONFIG, WEIGHTS["llama"], 1)
+    (path / "config.json").write_text(json.dumps(tiny.QWEN2))
+    assert "of which fourfold reads Llama and Yuan 2.0, not qwen2" in refusal(path)
+    path = write_listed(tmp_path / "listed", tiny.CONFIG, WEIGHTS["llama"], 1)
+    (path / "part_0.bin").rename(path / "part_0.old")
+    save_file({"model.norm.weight": np.zeros(64, np.int32)}, path / "part_0.safetensors")
+    (path / "checkpoints.json").write_text(json.dumps({"checkpoints": ["part_0.safetensors"]}))
+    assert "tensor model.norm.weight is int32, which no weight here may be" in refusal(path)
+
+
 # ---- which files count
 
 

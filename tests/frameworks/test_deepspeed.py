@@ -33,7 +33,7 @@ from deepspeed_cases import CASES, GOLDEN, MODELS, PLAIN_LLAMA, PROMPTS, SAVED, 
 
 from fourfold.checkpoint import check_complete, open_source  # noqa: E402
 from fourfold.deepspeed.convolution import TapConv2d  # noqa: E402
-from fourfold.errors import UnsupportedError  # noqa: E402
+from fourfold.errors import UnsupportedError, UserError  # noqa: E402
 from fourfold.models import weight_specs  # noqa: E402
 from fourfold.torch import Linear, quantize_  # noqa: E402
 
@@ -275,6 +275,26 @@ def test_single_layers(reports: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
     assert reports[1]["layers"]["no outputs"][0].shape == (2, 3, 0)
     assert reports[0]["layers"]["gathered"][0].shape == (2, 3, 100)
+
+
+@pytest.mark.parametrize(("taps", "padding", "bias"), [(1, 0, True), (2, 1, True), (3, 0, False)])
+def test_a_filter_is_a_matrix(taps: int, padding: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 10, (taps, 1), padding=(padding, 0), bias=bias)
+    made, x = TapConv2d.from_float(plain, format="f32"), torch.randn(2, 6, 5, 3)
+    assert made(x).is_contiguous()
+    torch.testing.assert_close(made(x), plain(x), atol=1e-5, rtol=0)
+    others = [{"stride": (2, 1)}, {"dilation": (2, 1)}, {"groups": 2}, {"padding": (0, 1)}, {"padding": "same"}]
+    assert not any(TapConv2d.can_be(nn.Conv2d(6, 10, (2, 1), **other)) for other in others)
+    assert not TapConv2d.can_be(nn.Conv2d(6, 10, (2, 1), padding=(1, 0), padding_mode="circular"))
+    with pytest.raises(UserError, match="its kernel must be one wide"):
+        TapConv2d.from_float(nn.Conv2d(6, 10, 3), format="f32")
+
+
+def test_a_choice_and_a_copy(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        assert report["chosen"] == {"0": "LinearLayer", "1": "RowParallelLinear", "2": "Linear"}
+        assert report["copy is the same"]
 
 
 def test_threads_are_those_that_torch_has(reports: list[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fourfold.checkpoint.assembled import Stacked
 from fourfold.checkpoint.autotp import whole
 from fourfold.checkpoint.hf_config import model_config
-from fourfold.checkpoint.huggingface import safetensors
+from fourfold.checkpoint.huggingface import DTYPES, safetensors
 from fourfold.checkpoint.megatron_args import model_config as config_of_arguments
 from fourfold.checkpoint.megatron_join import EMBEDDING, FINAL_NORM, LAYERS, OUTPUT, Stage, joined, stage, vocabulary
 from fourfold.checkpoint.pickle_data import Call
@@ -84,7 +84,11 @@ class _Files:
         """The tensors of a file that holds nothing else."""
         if path.suffix == ".safetensors":
             self.mapped.append(MappedFile(path))
-            return dict(safetensors(self.mapped[-1]))
+            tensors = safetensors(self.mapped[-1])
+            for name, tensor in tensors.items():
+                if tensor.dtype not in DTYPES.values():
+                    raise UnsupportedError(f"{path}: tensor {name} is {tensor.dtype}, which no weight here may be")
+            return dict(tensors)
         opened = self.torch(path, weights_only=True)
         return opened.tensors(opened.content)
 
@@ -278,6 +282,10 @@ def _of_megatron(
 ) -> tuple[ModelConfig, Tensors]:
     embedding = Stacked.whole(only.take(EMBEDDING))
     config = files.config([path, folder]) or _config_of_arguments(keeper, embedding.shape[0], folder)
+    if config.model_type not in ("llama", "yuan"):
+        raise UnsupportedError(
+            f"{folder} is of Megatron-DeepSpeed, of which fourfold reads Llama and Yuan 2.0, not {config.model_type}"
+        )
     embedded = {"model.embed_tokens.weight": vocabulary(embedding, config, folder)}
     return config, embedded | joined([only], config, folder)
 

@@ -54,6 +54,11 @@ def scaling_kind(fields: Mapping[str, Any]) -> type[Scaling]:
     return LongRope if "short" in fields else RopeScaling if "low_freq_factor" in fields else LinearScaling
 
 
+def seen(window: int | None, position: int) -> int:
+    """Positions of those before `position` that are seen through a window, which holds the position itself."""
+    return position if window is None else min(position, window - 1)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only model. Nothing downstream reads a Hugging Face config."""
@@ -88,8 +93,7 @@ class ModelConfig:
 
     def seen(self, layer: int, position: int) -> int:
         """Positions of those before `position` that the token there sees in this layer, its own left out."""
-        window = self.window(layer)
-        return position if window is None else min(position, window - 1)
+        return seen(self.window(layer), position)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values; `from_dict` is its inverse."""

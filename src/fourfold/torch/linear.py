@@ -48,11 +48,11 @@ class Linear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.format = check_format(format)
         shape, scale_shape = weight_shapes(format, out_features, in_features)
-        self.weight = _fixed(torch.zeros(shape, dtype=torch.uint8, device=device))
+        self.weight = fixed(torch.zeros(shape, dtype=torch.uint8, device=device))
         self.weight_scale = None
         if scale_shape is not None:
-            self.weight_scale = _fixed(torch.zeros(scale_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_format", _format_tensor(format).to(device=device))
+            self.weight_scale = fixed(torch.zeros(scale_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_format", format_tensor(format).to(device=device))
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
@@ -71,10 +71,10 @@ class Linear(nn.Linear):
         """A linear over a matrix's own memory."""
         n, k = matrix.shape
         made = cls(k, n, bias=False, device="meta", format=matrix.format)
-        made.weight = _fixed(torch.from_numpy(matrix.panels))
+        made.weight = fixed(torch.from_numpy(matrix.panels))
         if matrix.scales is not None:
-            made.weight_scale = _fixed(torch.from_numpy(matrix.scales).unsqueeze(1).view(torch.uint8))
-        made.weight_format = _format_tensor(matrix.format)
+            made.weight_scale = fixed(torch.from_numpy(matrix.scales).unsqueeze(1).view(torch.uint8))
+        made.weight_format = format_tensor(matrix.format)
         made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return made
 
@@ -96,15 +96,15 @@ class Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.get(f"{prefix}weight_format")
-        if found is not None and not torch.equal(found.cpu(), _format_tensor(self.format)):
+        if found is not None and not torch.equal(found.cpu(), format_tensor(self.format)):
             name = bytes(found.cpu().flatten().tolist()).rstrip(b"\0").decode("ascii", "replace")
             raise UserError(f"{prefix.rstrip('.') or 'this linear'} is {self.format}, and its weights are {name}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
+def fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _format_tensor(format: str) -> Tensor:
+def format_tensor(format: str) -> Tensor:
     return torch.tensor(list(format.encode().ljust(FORMAT_BYTES, b"\0")), dtype=torch.uint8)

@@ -154,4 +154,16 @@ void bind_kernels(nb::module_& m) {
                                       base.shape(0), y.data());
         },
         "isa"_a, "base"_a, "parts"_a, "bias"_a.none(), "y"_a.noconvert());
+    m.def(
+        "widen",
+        [](const std::string& isa, int type, Array<const uint16_t, 1> words, Array<float, 1> out) {
+            rows_named(isa).widen(static_cast<NumberType>(type), words.data(), words.shape(0), out.data());
+        },
+        "isa"_a, "type"_a, "words"_a, "out"_a.noconvert());
+    m.def(
+        "narrow",
+        [](const std::string& isa, int type, Array<const float, 1> numbers, Array<uint16_t, 1> out) {
+            rows_named(isa).narrow(static_cast<NumberType>(type), numbers.data(), numbers.shape(0), out.data());
+        },
+        "isa"_a, "type"_a, "numbers"_a, "out"_a.noconvert());
 }

@@ -1,6 +1,5 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 
 #include <optional>
@@ -33,10 +32,10 @@ Crew& crew_for(bool openmp) {
     return *lent;
 }
 
-// The instruction set of that name, or the one that this process computes with.
-Isa isa_or_own(const std::optional<std::string_view>& name) {
-    static const Isa own = choose_isa(read_machine());
-    return name ? isa_named(*name) : own;
+// What this process computes with.
+Isa own_isa() {
+    static const Isa isa = choose_isa(read_machine());
+    return isa;
 }
 
 NumberType type_at(int i) { return static_cast<NumberType>(i); }
@@ -80,7 +79,7 @@ void bind_matmul(nb::module_& m) {
         "matmul",
         [](std::string_view format, size_t n, size_t k, uintptr_t panels, uintptr_t scales, uintptr_t x, int x_type,
            size_t rows, size_t x_stride, uintptr_t bias, int bias_type, uintptr_t y, int y_type, size_t threads,
-           bool openmp, const std::optional<std::string_view>& isa) {
+           bool openmp) {
             const MatmulArgs args{{format_named(format), n, k, at<const uint8_t>(panels), at<const float>(scales)},
                                   at<const void>(x),
                                   type_at(x_type),
@@ -91,12 +90,12 @@ void bind_matmul(nb::module_& m) {
                                   at<void>(y),
                                   type_at(y_type)};
             Crew& crew = crew_for(openmp);
-            const Isa level = isa_or_own(isa);
+            const Isa isa = own_isa();
             nb::gil_scoped_release release;
-            matmul(args, level, crew, threads);
+            matmul(args, isa, crew, threads);
         },
         "format"_a, "n"_a, "k"_a, "panels"_a, "scales"_a, "x"_a, "x_type"_a, "rows"_a, "x_stride"_a, "bias"_a,
-        "bias_type"_a, "y"_a, "y_type"_a, "threads"_a, "openmp"_a, "isa"_a = nb::none(),
+        "bias_type"_a, "y"_a, "y_type"_a, "threads"_a, "openmp"_a,
         "y = x Wᵀ + bias on arrays given by address. Types: 0 float32, 1 float16, 2 bfloat16; address 0 for none.");
     m.def(
         "unpack_rows",
@@ -105,9 +104,9 @@ void bind_matmul(nb::module_& m) {
             const MatrixView w{format_named(format), n, k, at<const uint8_t>(panels), at<const float>(scales)};
             if (begin > end || end > n) throw std::invalid_argument("rows are out of range");
             Crew& crew = crew_for(openmp);
-            const Isa level = isa_or_own(std::nullopt);
+            const Isa isa = own_isa();
             nb::gil_scoped_release release;
-            unpack_rows(w, begin, end, at<float>(out), level, crew, threads);
+            unpack_rows(w, begin, end, at<float>(out), isa, crew, threads);
         },
         "format"_a, "n"_a, "k"_a, "panels"_a, "scales"_a, "begin"_a, "end"_a, "out"_a, "threads"_a, "openmp"_a,
         "Rows [begin, end) as float32 (end - begin, k), on arrays given by address.");

@@ -11,6 +11,7 @@
 #include "machine.h"
 #include "names.h"
 #include "pack.h"
+#include "place.h"
 
 namespace nb = nanobind;
 using namespace fourfold;
@@ -79,6 +80,33 @@ void bind_pack(nb::module_& m) {
         nb::arg("isa").none() = nb::none(),
         "Packs (N, K) float32, float16, or bfloat16 as uint16, into uint8 (P, panel bytes) and float32 (P,).\n"
         "Returns the sums of (weight - stored value)^2 and of weight^2. Raises ValueError on NaN or infinity.");
+    m.def(
+        "place",
+        [](const Array<uint8_t, 2, nb::ro>& codes, const Array<float, 2, nb::ro>& block_scales,
+           std::string_view format_name, const Array<uint8_t, 2>& panels, const Array<float, 1>& scales) {
+            const Format format = format_named(format_name);
+            const PlaceArgs args{codes.data(), block_scales.data(), codes.shape(0), codes.shape(1),
+                                 format,       panels.data(),       scales.data()};
+            if (!has_scales(format) || args.k % kTileK != 0)
+                throw std::invalid_argument("codes are placed in formats with scales, in whole blocks of 64 inputs");
+            if (block_scales.shape(0) != args.n || block_scales.shape(1) != args.k / kTileK)
+                throw std::invalid_argument("block scales must have shape (" + std::to_string(args.n) + ", " +
+                                            std::to_string(args.k / kTileK) + ")");
+            check(format, args.n, args.k, panels.shape(0), panels.shape(1), scales.data(), scales.shape(0));
+            PackSums sums;
+            {
+                nb::gil_scoped_release release;
+                sums = place(args);
+            }
+            return nb::make_tuple(sums.error, sums.reference);
+        },
+        nb::arg("codes"), nb::arg("block_scales"), nb::arg("format"), nb::arg("panels_out"), nb::arg("scales_out"),
+        "Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64) into uint8 (P, panel bytes) and "
+        "float32 "
+        "(P,).\n"
+        "Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that the format "
+        "does "
+        "not have and for a scale that is not finite.");
     m.def(
         "unpack",
         [](const Array<uint8_t, 2, nb::ro>& panels, const std::optional<Array<float, 1, nb::ro>>& scales,

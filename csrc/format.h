@@ -17,20 +17,21 @@
 
 namespace fourfold {
 
-enum class Format : uint8_t { nf4, int4, fp4, int8, bf16, f32 };
-constexpr int kFormats = 6;
-constexpr std::array<std::string_view, kFormats> kFormatNames = {"nf4", "int4", "fp4", "int8", "bf16", "f32"};
+enum class Format : uint8_t { nf4, int4, fp4, fp4_bnb, int8, bf16, f32 };
+constexpr int kFormats = 7;
+constexpr std::array<std::string_view, kFormats> kFormatNames = {"nf4",  "int4", "fp4", "fp4_bnb",
+                                                                 "int8", "bf16", "f32"};
 
 constexpr size_t kTileN = 16;      // outputs: the 32-bit lanes of a 512-bit vector, the columns of an AMX tile
 constexpr size_t kTileK = 64;      // inputs: the quantization block
 constexpr size_t kGroupTiles = 4;  // tiles that share one 64-byte line of scales
 
 constexpr bool has_scales(Format f) { return f <= Format::int8; }
-constexpr bool is_4bit(Format f) { return f <= Format::fp4; }
+constexpr bool is_4bit(Format f) { return f <= Format::fp4_bnb; }
 
 // Bytes of codes a tile.
 constexpr size_t code_bytes(Format f) {
-    constexpr size_t bytes[] = {512, 512, 512, 1024, 2048, 4096};
+    constexpr size_t bytes[] = {512, 512, 512, 512, 1024, 2048, 4096};
     return bytes[static_cast<size_t>(f)];
 }
 // Bytes of scales a tile.
@@ -67,8 +68,9 @@ constexpr size_t bf16_word(size_t n, size_t k) {
 }
 
 // The 16 values of the 4-bit formats. NF4: QLoRA, arXiv 2305.14314, appendix E. FP4: E2M1 over 6. INT4: (code - 8) / 8.
+// FP4 of bitsandbytes: twelfths, in its order of codes.
 using Codebook = std::array<float, 16>;
-constexpr std::array<Codebook, 3> kCodebooks = {
+constexpr std::array<Codebook, 4> kCodebooks = {
     Codebook{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
              -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
              0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
@@ -77,6 +79,8 @@ constexpr std::array<Codebook, 3> kCodebooks = {
              0.625f, 0.75f, 0.875f},
     Codebook{0.0f, 0.5f / 6, 1.0f / 6, 1.5f / 6, 2.0f / 6, 3.0f / 6, 4.0f / 6, 1.0f, -0.0f, -0.5f / 6, -1.0f / 6,
              -1.5f / 6, -2.0f / 6, -3.0f / 6, -4.0f / 6, -1.0f},
+    Codebook{0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12,
+             -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12},
 };
 constexpr const Codebook& codebook(Format f) { return kCodebooks[static_cast<size_t>(f)]; }
 

@@ -143,7 +143,8 @@ void unpack(Format format, const uint8_t* panels, const float* panel_scales, siz
             switch (format) {
                 case Format::nf4:
                 case Format::int4:
-                case Format::fp4: {
+                case Format::fp4:
+                case Format::fp4_bnb: {
                     const uint8_t byte = codes[nibble_byte(lane, in_tile)];
                     value = codebook(format)[nibble_is_high(in_tile) ? byte >> 4 : byte & 15];
                     break;

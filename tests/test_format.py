@@ -117,7 +117,7 @@ def test_block_scales_round_to_the_nearest_e4m3_half_to_even() -> None:
         assert_native_agrees(weights, fmt)
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int4", "fp4"])
+@pytest.mark.parametrize("fmt", ["nf4", "int4", "fp4", "fp4_bnb"])
 def test_weights_on_thresholds_and_beside_them_get_their_codes(fmt: WeightFormat) -> None:
     """Where a quicker way to a code might err: midpoints and the edges of even buckets, under every scale tried."""
     values = np.unique(tiles.CODEBOOKS[fmt])
@@ -152,7 +152,7 @@ def test_every_lane_of_every_format_lies_where_the_specification_says() -> None:
             g, i = divmod(tile, 4)
             in_group = min(4, t - 4 * g)
             codes = panel[g * 4 * (a + c) + a * in_group + i * c :][:c]
-            if fmt in ("nf4", "int4", "fp4"):
+            if fmt in tiles.CODEBOOKS:
                 byte = codes[k // 8 * 64 + n * 4 + k % 4]
                 value = tiles.CODEBOOKS[fmt][byte & 15 if k % 8 < 4 else byte >> 4]
             elif fmt == "int8":

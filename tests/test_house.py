@@ -23,7 +23,7 @@ FLOORS = (
     ("errors",),
     ("config", "format", "machine", "placement", "matrix"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
-    ("checkpoint", "pipeline", "conversion", "synth", "locate"),
+    ("checkpoint", "keep", "pipeline", "conversion", "synth", "locate"),
     (
         *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
@@ -82,7 +82,7 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
     ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
-    ("file_stream", "kernels", "pack", "probe", "weight"),
+    ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("matmul", "program", "ops", "ops_attention", "ops_streamed"),
     ("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe", "bind_program"),
 )

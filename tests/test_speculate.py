@@ -60,8 +60,9 @@ def test_a_proposal_is_always_what_stood_there(ids: list[int], most: int) -> Non
         g.ids.append(i)
         (found,) = proposer.propose([g], [most])
         assert len(found) <= most
-        places = range(3, len(g.ids))
-        followed = [g.ids[at : at + most] for at in places if g.ids[at - 3 : at] == g.ids[-3:]]
+        n = PromptLookup.N
+        places = range(n, len(g.ids))
+        followed = [g.ids[at : at + most] for at in places if g.ids[at - n : at] == g.ids[-n:]]
         assert (found in followed) if followed else found == []
 
 

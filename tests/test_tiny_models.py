@@ -121,8 +121,9 @@ def _values(directory: FourfoldDirectory, name: str) -> NDArray[Any]:
     if name in directory.vectors:
         return directory.vectors[name]
     weight, file = directory.weights[name], directory.weights_path
-    assert weight.scale_offset is not None
     count = n_panels(weight.shape[0])
     panels = np.fromfile(file, np.uint8, weight.data_bytes, offset=weight.data_offset).reshape(count, -1)
-    scales = np.fromfile(file, np.float32, count, offset=weight.scale_offset)
+    scales = None
+    if weight.scale_offset is not None:
+        scales = np.fromfile(file, np.float32, count, offset=weight.scale_offset)
     return unpack(panels, scales, weight.format, weight.shape)

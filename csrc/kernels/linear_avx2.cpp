@@ -129,6 +129,7 @@ constexpr LinearKernel kRows[] = {
     row(Format::nf4, linear<Format::nf4>, "linear_nf4_f32_avx2"),
     row(Format::int4, linear<Format::int4>, "linear_int4_f32_avx2"),
     row(Format::fp4, linear<Format::fp4>, "linear_fp4_f32_avx2"),
+    row(Format::fp4_bnb, linear<Format::fp4_bnb>, "linear_fp4_bnb_f32_avx2"),
     row(Format::int8, linear<Format::int8>, "linear_int8_f32_avx2"),
     row(Format::bf16, linear<Format::bf16>, "linear_bf16_f32_avx2"),
     row(Format::f32, linear<Format::f32>, "linear_f32_f32_avx2"),

@@ -82,6 +82,7 @@ void linear_f32_avx512(const LinearArgs& a) {
 template void linear_f32_avx512<Format::nf4>(const LinearArgs&);
 template void linear_f32_avx512<Format::int4>(const LinearArgs&);
 template void linear_f32_avx512<Format::fp4>(const LinearArgs&);
+template void linear_f32_avx512<Format::fp4_bnb>(const LinearArgs&);
 template void linear_f32_avx512<Format::int8>(const LinearArgs&);
 template void linear_f32_avx512<Format::bf16>(const LinearArgs&);
 template void linear_f32_avx512<Format::f32>(const LinearArgs&);

@@ -98,18 +98,21 @@ constexpr LinearKernel kRows[] = {
     i16_row<Format::nf4>("linear_nf4_i16_avx512", 0.5f / 112.05f, kFewScaled),
     i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFewScaled),
     i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFewScaled),
+    i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_avx512", 0.375f / 120, kFewScaled),
     i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFewScaled),
     f32_row<Format::bf16>("linear_bf16_f32_avx512", kFewBf16),
     f32_row<Format::f32>("linear_f32_f32_avx512", SIZE_MAX),
     bf16_row<Format::nf4>("linear_nf4_bf16_avx512"),
     bf16_row<Format::int4>("linear_int4_bf16_avx512"),
     bf16_row<Format::fp4>("linear_fp4_bf16_avx512"),
+    bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_avx512"),
     bf16_row<Format::int8>("linear_int8_bf16_avx512"),
     bf16_row<Format::bf16>("linear_bf16_bf16_avx512"),
     // The more exact rows of the scaled formats, chosen by name.
     f32_row<Format::nf4>("linear_nf4_f32_avx512", SIZE_MAX),
     f32_row<Format::int4>("linear_int4_f32_avx512", SIZE_MAX),
     f32_row<Format::fp4>("linear_fp4_f32_avx512", SIZE_MAX),
+    f32_row<Format::fp4_bnb>("linear_fp4_bnb_f32_avx512", SIZE_MAX),
     f32_row<Format::int8>("linear_int8_f32_avx512", SIZE_MAX),
 };
 

@@ -98,6 +98,7 @@ void linear_i16_avx512(const LinearArgs& a) {
 template void linear_i16_avx512<Format::nf4>(const LinearArgs&);
 template void linear_i16_avx512<Format::int4>(const LinearArgs&);
 template void linear_i16_avx512<Format::fp4>(const LinearArgs&);
+template void linear_i16_avx512<Format::fp4_bnb>(const LinearArgs&);
 template void linear_i16_avx512<Format::int8>(const LinearArgs&);
 
 }  // namespace fourfold

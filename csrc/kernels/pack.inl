@@ -45,17 +45,23 @@ struct Tree {
 constexpr Tree make_tree(Format format) {
     float ascending[16] = {};
     int32_t codes[16] = {};
-    for (int i = 0; i < 16; ++i) {
-        // fp4 is sign and magnitude: ascending are its codes 15 .. 9, then 0 .. 7; the 16th place is out of reach.
-        codes[i] = format != Format::fp4 ? i : i < 7 ? 15 - i : i < 15 ? i - 7 : 7;
-        ascending[i] = kCodebooks[static_cast<size_t>(format)].data()[codes[i]];
+    const float* values = kCodebooks[static_cast<size_t>(format)].data();
+    int n_values = 0;  // sign and magnitude have 15: their zeros count once, and the 16th place is out of reach
+    for (float last = -2.0f; n_values < 16; ++n_values) {
+        int next = -1;
+        for (int code = 0; code < 16; ++code)
+            if (values[code] > last && (next < 0 || values[code] < values[next])) next = code;
+        if (next < 0) break;
+        codes[n_values] = next;
+        ascending[n_values] = last = values[next];
     }
+    for (int i = n_values; i < 16; ++i) codes[i] = codes[i - 1], ascending[i] = ascending[i - 1];
     Tree tree;
     for (int path = 0; path < 16; ++path) {
         int first = 0;  // of the places that are left
         for (int depth = 0; depth < 4; ++depth) {
             const int half = 8 >> depth, below = first + half - 1;
-            const bool is_reachable = format != Format::fp4 || below < 14;
+            const bool is_reachable = below + 1 < n_values;
             if (path < 1 << depth)
                 tree.midpoints[depth][path] =
                     is_reachable ? (ascending[below] + ascending[below + 1]) * 0.5f : __builtin_inff();
@@ -68,7 +74,7 @@ constexpr Tree make_tree(Format format) {
     return tree;
 }
 // Bucket i is [(i - 16.5) / kBucketsPerUnit, (i - 15.5) / kBucketsPerUnit) of weight / scale; the outermost go on.
-constexpr float kBucketsPerUnit = 15.8f;  // keeps the midpoints of all three codebooks farthest from the edges
+constexpr float kBucketsPerUnit = 15.8f;  // keeps the midpoints of nf4, int4 and fp4 farthest from the edges
 constexpr float kFarthest = 15.4f;        // from bucket 16: what is farther has the value of the last bucket
 constexpr float kLeastScale = 1e-30f;     // above it kBucketsPerUnit / scale is finite
 struct Buckets {
@@ -96,12 +102,13 @@ constexpr Buckets make_buckets(const Tree& tree) {
     return buckets;
 }
 
-constexpr Tree kTrees[] = {make_tree(Format::nf4), make_tree(Format::int4), make_tree(Format::fp4)};
+constexpr Tree kTrees[] = {make_tree(Format::nf4), make_tree(Format::int4), make_tree(Format::fp4),
+                           make_tree(Format::fp4_bnb)};
 
 // How the weights of a block become codes and codes values. `Block` is what its scale fixes.
 template <Format format>
-struct Coder {  // nf4, int4, fp4
-    static constexpr bool kMirrors = format != Format::fp4;
+struct Coder {  // the 4-bit formats
+    static constexpr bool kMirrors = format == Format::nf4 || format == Format::int4;
     static constexpr Tree kTree = kTrees[static_cast<size_t>(format)];
     static constexpr int32_t kZero = kTree.zero;
     Lanes::Table second{kTree.midpoints[1]}, third{kTree.midpoints[2]}, fourth{kTree.midpoints[3]};
@@ -207,7 +214,8 @@ BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, 
             byte = is_better ? Lanes::load(tried_bytes[candidate % kCandidates]) + (is_mirrored ? kMirrored : 0) : byte;
         }
     };
-    if constexpr (is_4bit(format) && Lanes::kHasTable32)
+    // Two midpoints of fp4_bnb, on either side of 0, share a bucket.
+    if constexpr (is_4bit(format) && format != Format::fp4_bnb && Lanes::kHasTable32)
         is_tiny ? try_each(coder) : try_each(Bucketer<format, Lanes>());
     else
         try_each(coder);
@@ -307,6 +315,8 @@ PackSums pack_panel(Format format, const float* columns, size_t k_tiles, uint8_t
             return pack_scaled<Format::int4>(columns, k_tiles, panel, panel_scale);
         case Format::fp4:
             return pack_scaled<Format::fp4>(columns, k_tiles, panel, panel_scale);
+        case Format::fp4_bnb:
+            return pack_scaled<Format::fp4_bnb>(columns, k_tiles, panel, panel_scale);
         case Format::int8:
             return pack_scaled<Format::int8>(columns, k_tiles, panel, panel_scale);
         case Format::bf16:

@@ -151,12 +151,12 @@ def quantize(
     from fourfold.cli_render import render_quality
     from fourfold.conversion import convert
     from fourfold.llm import check_text
-    from fourfold.locate import DEFAULT_FORMAT, source_path
-    from fourfold.progress import bar
+    from fourfold.locate import source_path
+    from fourfold.progress import bar, note
 
     with open_source(source_path(source), tokenizer) as opened, bar(f"converting {source}") as report:
         check_text(opened)
-        lost = convert(opened, destination, format or DEFAULT_FORMAT, threads=threads, progress=report)
+        lost = convert(opened, destination, format, threads=threads, progress=report, notice=note)
         files = sorted(opened.tokenizer_files)
     show({"path": str(destination), "tokenizer_files": files, **lost.to_dict()}, json, render_quality)
 
@@ -273,10 +273,10 @@ def evaluate(
 def _directory(model: str, format: str | None) -> Path:
     from fourfold.llm import check_text
     from fourfold.locate import fourfold_directory
-    from fourfold.progress import bar
+    from fourfold.progress import bar, note
 
     with bar(f"converting {model}") as report:
-        return fourfold_directory(model, format, report=report, check=check_text)
+        return fourfold_directory(model, format, report=report, notice=note, check=check_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

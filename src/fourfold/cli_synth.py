@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from fourfold.checkpoint.fourfold_dir import open_directory
-from fourfold.locate import DEFAULT_FORMAT, known_config
+from fourfold.keep import DEFAULT_FORMAT
+from fourfold.locate import known_config
 from fourfold.models import weight_specs
 from fourfold.progress import bar
 from fourfold.synth import synthesize

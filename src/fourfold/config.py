@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FORMATS = ("nf4", "int4", "fp4", "int8", "bf16", "f32")
+FORMATS = ("nf4", "int4", "fp4", "fp4_bnb", "int8", "bf16", "f32")
 KV_FORMATS = ("bf16", "int8", "f32")
 
-WeightFormat = Literal["nf4", "int4", "fp4", "int8", "bf16", "f32"]
+WeightFormat = Literal["nf4", "int4", "fp4", "fp4_bnb", "int8", "bf16", "f32"]
 KVFormat = Literal["bf16", "int8", "f32"]
 RopeAngles = Literal["f32", "bf16"]
 

@@ -34,6 +34,7 @@ from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import FORMATS, WeightFormat
 from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
+from fourfold.keep import DEFAULT_FORMAT, Formats, choose_formats, is_coded, read_blocks
 from fourfold.machine import choose_isa, read_machine
 from fourfold.models import WeightSpec, weight_specs
 from fourfold.pipeline import ahead
@@ -41,6 +42,8 @@ from fourfold.pipeline import ahead
 MAX_THREADS = 4096
 PIECE_BYTES = 8 << 20  # of weights as float32
 READ_AHEAD = 8  # pieces read before a thread is free for them
+AS_CODED = "as-coded"  # in place of a format in a cached directory's name, where a quantized source decides
+Notice = Callable[[str], None]
 OUTPUTS = 2  # packed pieces that wait to be written, beside those under way
 RECIPE = {
     "block": 64,
@@ -69,30 +72,42 @@ class QualityReport:
 
 
 def convert(
-    source: Source, dst: str | Path, fmt: str, *, threads: int | None = None, progress: Progress | None = None
+    source: Source,
+    dst: str | Path,
+    fmt: str | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    notice: Notice | None = None,
 ) -> QualityReport:
     """Writes `source` to the directory `dst`, matrices in `fmt` and vectors in float32, and says what was lost.
 
+    `keep` says what None stands for, and what of a quantized source's codes is kept; `notice` hears of it in sentences.
     Memory is bounded; an interrupted conversion goes on where it stopped. `progress` counts bytes written. Raises
     CheckpointError where the source is incomplete or holds a number that is not finite, UserError where `dst` exists,
     and ResourceError where the disk has no room.
     """
-    fmt, n_threads = checked_format(fmt), checked_threads(threads)
+    asked, n_threads = None if fmt is None else checked_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
+    formats = choose_formats(specs, source, asked)
     isa = choose_isa()  # before anything is made: it may raise
-    with DirectoryWriter(Path(dst), source.config, fmt, source.fingerprint) as writer:
+    if notice:
+        for sentence in formats.notes:
+            notice(sentence)
+    with DirectoryWriter(Path(dst), source.config, formats.main, source.fingerprint, formats.of) as writer:
         pieces = list(_pieces(spec for spec in specs if spec.name not in writer.finished))
-        packer, recorder = _Packer(fmt, isa), _Recorder(writer, progress)
+        packer, recorder = _Packer(formats, isa), _Recorder(writer, progress)
         with (
-            closing(ahead(pieces, partial(_read, source), READ_AHEAD)) as read,
+            closing(ahead(pieces, partial(_read, source, formats), READ_AHEAD)) as read,
             closing(ahead(read, packer.pack, n_threads + OUTPUTS, n_threads)) as packed,
         ):
             for output in packed:
                 recorder.record(output)
                 packer.reuse(output)
-        report = _report(specs, writer, fmt)
-        writer.finish(source.tokenizer_files, RECIPE, report.to_dict())
+        report = _report(specs, writer, formats)
+        codes = {"codes": "; ".join(formats.notes)} if formats.notes else {}
+        writer.finish(source.tokenizer_files, RECIPE | codes, report.to_dict())
     return report
 
 
@@ -103,21 +118,23 @@ def cache_root() -> Path:
 
 def cached(
     source_path: str | Path,
-    fmt: str,
+    fmt: str | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    notice: Notice | None = None,
     check: Callable[[Source], None] | None = None,
 ) -> Path:
     """The conversion of a checkpoint, made by the first process that asks for it and kept in the user's cache.
 
-    `check` sees the source before it is converted, and may raise.
+    `fmt`, `progress` and `notice` are `convert`'s. `check` sees the source before it is converted, and may raise.
     FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise, and CheckpointError
     where the conversion that was kept is damaged, naming the directory to delete.
     """
-    fmt = checked_format(fmt)
+    asked = None if fmt is None else checked_format(fmt)
     root = cache_root()
     with open_source(source_path) as source:
+        fmt = asked or (AS_CODED if is_coded(source) else DEFAULT_FORMAT)
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
         key = hashlib.sha256(made.encode()).hexdigest()[:16]
         directory = root / f"{Path(source_path).resolve().stem}-{fmt}-{key}"
@@ -134,7 +151,7 @@ def cached(
             else:
                 if check:
                     check(source)
-                convert(source, directory, fmt, threads=threads, progress=progress)
+                convert(source, directory, asked, threads=threads, progress=progress, notice=notice)
         finally:
             Path(lock.name).unlink(missing_ok=True)
             lock.close()
@@ -202,12 +219,16 @@ class _Rows:
     """A piece as the source has it."""
 
     piece: _Piece
-    values: NDArray[Any]
+    values: NDArray[Any]  # numbers, or codes and scales (`coded.block_type`)
     forget: Callable[[], None]  # gives the source's memory back
 
 
-def _read(source: Source, piece: _Piece) -> _Rows:
-    rows = np.ascontiguousarray(piece.spec.rows.read(source.tensors, piece.start, piece.stop))
+def _read(source: Source, formats: Formats, piece: _Piece) -> _Rows:
+    spec = piece.spec
+    if spec.name in formats.kept:
+        blocks = read_blocks(spec, source, formats.of[spec.name], piece.start, piece.stop)
+        return _Rows(piece, blocks, source.forgetter())
+    rows = np.ascontiguousarray(spec.rows.read(source.tensors, piece.start, piece.stop))
     # A mapped file is read when it is touched: here, not in the packer.
     rows.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
     return _Rows(piece, rows, source.forgetter())
@@ -228,8 +249,8 @@ class _Output:
 class _Packer:
     """Packs pieces, each on the thread that asks, into memory that is used again."""
 
-    def __init__(self, fmt: WeightFormat, isa: str) -> None:
-        self._format, self._isa = fmt, isa
+    def __init__(self, formats: Formats, isa: str) -> None:
+        self._formats, self._isa = formats, isa
         self._memory: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
 
     def pack(self, rows: _Rows) -> _Output:
@@ -251,16 +272,20 @@ class _Packer:
         return _Output(piece, vector)
 
     def _pack_matrix(self, piece: _Piece, rows: NDArray[Any]) -> _Output:
-        n, k = rows.shape
-        p, n_bytes = n_panels(n), panel_bytes(self._format, k)
+        n, k, fmt = len(rows), piece.spec.shape[1], self._formats.of[piece.spec.name]
+        p, n_bytes = n_panels(n), panel_bytes(fmt, k)
         memory = self._take(p * n_bytes)
         panels = memory[: p * n_bytes].reshape(p, n_bytes)
-        scales = np.empty(p, np.float32) if self._format in SCALED else None
-        numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+        scales = np.empty(p, np.float32) if fmt in SCALED else None
         try:
-            error, reference = _core.pack(numbers, self._format, panels, scales, isa=self._isa)
+            if rows.dtype.names:
+                codes, of_blocks = (np.ascontiguousarray(rows[name]) for name in ("codes", "scales"))
+                error, reference = _core.place(codes, of_blocks, fmt, panels, scales)
+            else:
+                numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+                error, reference = _core.pack(numbers, fmt, panels, scales, isa=self._isa)
         except ValueError as wrong:
-            if "NaN or infinity" in str(wrong):
+            if "NaN or infinit" in str(wrong):
                 raise _not_finite(piece.spec) from wrong
             raise RuntimeFailure(f"{piece.spec.name} could not be packed: {wrong}") from wrong
         return _Output(piece, panels, memory, scales, error, reference)
@@ -302,7 +327,7 @@ def _not_finite(spec: WeightSpec) -> CheckpointError:
     )
 
 
-def _report(specs: Iterable[WeightSpec], writer: DirectoryWriter, fmt: WeightFormat) -> QualityReport:
+def _report(specs: Iterable[WeightSpec], writer: DirectoryWriter, formats: Formats) -> QualityReport:
     kinds: dict[str, list[WeightSpec]] = {}
     for spec in specs:
         if spec.is_matrix:
@@ -310,10 +335,10 @@ def _report(specs: Iterable[WeightSpec], writer: DirectoryWriter, fmt: WeightFor
 
     def quality(specs: list[WeightSpec]) -> Quality:
         weights = sum(math.prod(spec.shape) for spec in specs)
-        n_bytes = sum(stored_bytes(fmt, (spec.shape[0], spec.shape[1])) for spec in specs)
+        n_bytes = sum(stored_bytes(formats.of[spec.name], (spec.shape[0], spec.shape[1])) for spec in specs)
         error = math.fsum(writer.finished[spec.name].error for spec in specs)
         reference = math.fsum(writer.finished[spec.name].reference for spec in specs)
         return Quality(weights, math.sqrt(error / reference) if reference else 0.0, 8 * n_bytes / weights)
 
     total = quality([spec for specs in kinds.values() for spec in specs])
-    return QualityReport(fmt, total, {kind: quality(specs) for kind, specs in kinds.items()})
+    return QualityReport(formats.main, total, {kind: quality(specs) for kind, specs in kinds.items()})

@@ -21,7 +21,7 @@ from fourfold.config import KVFormat, ModelConfig, RopeAngles
 from fourfold.disk import WeightDisk
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.footprint import PAGE, footprint, resident_bytes
-from fourfold.fusion import fuse
+from fourfold.fusion import fuse, one_format_each
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.placement import by_rank, start_team
@@ -81,7 +81,7 @@ class Engine:
         """
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
-        self.format = stored.format
+        self.format, self._embed_format = stored.format, stored.weights["embed"].format
         self.kv = cast(KVFormat, kv or ("f32" if stored.format == "f32" else "bf16"))
         self.context = usable_context(self.config, context)
         self.isa = choose_isa()
@@ -92,8 +92,8 @@ class Engine:
         self.plan: list[RankPlan] = beside.plan if beside else plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
-        builder.ops = fuse(builder.ops, len(self.plan))
         formats = {name: weight.format for name, weight in stored.weights.items()}
+        builder.ops = one_format_each(fuse(builder.ops, len(self.plan)), formats)
         self._footprint = footprint(
             builder,
             formats,
@@ -340,7 +340,7 @@ class Engine:
 
     @property
     def _embed_bytes(self) -> int:
-        return int(_core.slice_bytes(self.format, [(0, self.config.vocab_size)], [(0, self.config.dim)]))
+        return int(_core.slice_bytes(self._embed_format, [(0, self.config.vocab_size)], [(0, self.config.dim)]))
 
 
 def usable_context(config: ModelConfig, asked: int | None) -> int:

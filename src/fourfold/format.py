@@ -15,12 +15,17 @@ TILE_N = 16  # outputs a tile
 TILE_K = 64  # inputs a tile: the quantization block
 GROUP_TILES = 4  # tiles whose scales lie together
 
-CODE_BYTES: dict[WeightFormat, int] = {"nf4": 512, "int4": 512, "fp4": 512, "int8": 1024, "bf16": 2048, "f32": 4096}
-SCALED: tuple[WeightFormat, ...] = ("nf4", "int4", "fp4", "int8")  # a byte per output and tile, a float32 per panel
+CODE_BYTES: dict[WeightFormat, int] = {
+    **{"nf4": 512, "int4": 512, "fp4": 512, "fp4_bnb": 512},
+    **{"int8": 1024, "bf16": 2048, "f32": 4096},
+}
+# Those with a byte per output and tile, and a float32 per panel.
+SCALED: tuple[WeightFormat, ...] = ("nf4", "int4", "fp4", "fp4_bnb", "int8")
 MIRRORED: tuple[WeightFormat, ...] = ("nf4", "int4")  # whose codebooks are not symmetric
 
 # Value of each code as stored.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32) / np.float32(6)
+_TWELFTHS = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 # fmt: off
 CODEBOOKS: dict[WeightFormat, NDArray[np.float32]] = {
     # QLoRA, arXiv 2305.14314, appendix E.
@@ -31,12 +36,15 @@ CODEBOOKS: dict[WeightFormat, NDArray[np.float32]] = {
     ], np.float32),
     "int4": (np.arange(16, dtype=np.float32) - 8) / np.float32(8),
     "fp4": np.concatenate([_E2M1, -_E2M1]),
+    "fp4_bnb": np.concatenate([_TWELFTHS, -_TWELFTHS]),  # the FP4 of bitsandbytes
 }
 # fmt: on
 PAIR_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # how bf16 holds the 8 inputs of a group
 
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # by byte
 _MAX_E4M3 = np.float32(448)
+PANEL_SCALES = 32  # tried where codes are kept
+MOST_MULTIPLE = 16  # of int8 codes that are kept
 
 
 def n_panels(n: int) -> int:
@@ -77,6 +85,39 @@ def pack(weights: NDArray[np.float32], fmt: WeightFormat) -> tuple[NDArray[np.ui
     return _join_groups(scale_bytes.transpose(0, 2, 1), _place_codes(codes, fmt)), panel_scales
 
 
+def place(
+    codes: NDArray[np.uint8], block_scales: NDArray[np.float32], fmt: WeightFormat
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes (N, K) as they are, K a multiple of 64, under finite scales (N, K / 64): panels and panel scales as `pack`.
+
+    Of a format with scales. Section 4 says how the scales are rounded to the two that the format has.
+    """
+    n, k = codes.shape
+    p, t = n_panels(n), n_tiles(k)
+    padded = np.full((p * TILE_N, k), _zero_code(fmt), np.uint8)
+    padded[:n] = codes
+    scales = np.zeros((p * TILE_N, t), np.float32)
+    scales[:n] = block_scales
+    blocks, wanted = padded.reshape(p, TILE_N, t, TILE_K), scales.reshape(p, TILE_N, t)
+    squares = np.square(_values(blocks, fmt).astype(np.float64)).cumsum(axis=3)[..., -1]  # added in the order of k
+    most = np.abs(blocks.view(np.int8).astype(np.int32)).max(axis=3)
+    multiples = np.clip(127 // np.maximum(most, 1), 1, MOST_MULTIPLE) * (most > 0) if fmt == "int8" else most * 0
+
+    panel_scales = np.abs(wanted).max(axis=(1, 2)) / _MAX_E4M3
+    if fmt != "int8":
+        least, best_error = panel_scales, np.full(p, np.inf)
+        for i in range(PANEL_SCALES):
+            g = least * (np.float32(1) + np.float32(i) / np.float32(PANEL_SCALES))
+            errors = squares * _place_scales(wanted, g, multiples)[2]
+            error = errors.transpose(0, 2, 1).reshape(p, -1).cumsum(axis=1)[:, -1]  # tile by tile, output by output
+            is_better = error < best_error
+            panel_scales, best_error = np.where(is_better, g, panel_scales), np.where(is_better, error, best_error)
+    scale_bytes, multiple, _ = _place_scales(wanted, panel_scales, multiples)
+    if fmt == "int8":
+        blocks = (blocks.view(np.int8) * multiple[..., None].astype(np.int8)).view(np.uint8)
+    return _join_groups(scale_bytes.transpose(0, 2, 1), _place_codes(blocks, fmt)), panel_scales
+
+
 def unpack(
     panels: NDArray[np.uint8], panel_scales: NDArray[np.float32] | None, fmt: WeightFormat, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
@@ -89,6 +130,32 @@ def unpack(
         scales = panel_scales[:, None, None] * _E4M3[scale_bytes].transpose(0, 2, 1)  # (P, 16, T)
         blocks = scales[..., None] * blocks
     return blocks.reshape(p * TILE_N, t * TILE_K)[:n, :k]
+
+
+def _place_scales(
+    wanted: NDArray[np.float32], panel_scales: NDArray[np.float32], multiples: NDArray[np.int32]
+) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float64]]:
+    """Scales (P, 16, T) under panel scales (P,): bytes, multiples of the codes (at most `multiples`), errors²."""
+    magnitude = np.abs(wanted)
+    best_byte, best_multiple = np.zeros(wanted.shape, np.uint8), np.ones(wanted.shape, np.int32)
+    best_error = np.full(wanted.shape, np.inf)
+    for multiple in range(1, max(1, int(multiples.max(initial=1))) + 1):
+        step = (np.float32(multiple) * panel_scales)[:, None, None]
+        with np.errstate(all="ignore"):  # 0 / 0, and what overflows under a panel scale that underflowed
+            ratio = np.where(magnitude == 0, 0, np.minimum(magnitude / step, _MAX_E4M3))
+        byte = ratio.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        error = np.square(magnitude.astype(np.float64) - step.astype(np.float64) * _E4M3[byte].astype(np.float64))
+        is_better = (error < best_error) & ((multiple == 1) | (multiple <= multiples))
+        best_byte = np.where(is_better, byte, best_byte)
+        best_multiple = np.where(is_better, multiple, best_multiple)
+        best_error = np.where(is_better, error, best_error)
+    sign = np.where(np.signbit(wanted) & (best_byte != 0), 128, 0)
+    return (best_byte | sign).astype(np.uint8), best_multiple, best_error
+
+
+def _zero_code(fmt: WeightFormat) -> int:
+    """The code of the value 0."""
+    return 0 if fmt == "int8" else int(np.flatnonzero(CODEBOOKS[fmt] == 0)[0])
 
 
 def _choose(
@@ -119,11 +186,9 @@ def _choose(
             best_codes = np.where(is_better[..., None], codes, best_codes)
     assert best_byte is not None
     assert best_codes is not None
-    zero = 0 if fmt == "int8" else int(np.flatnonzero(CODEBOOKS[fmt] == 0)[0])
     is_zero = largest == 0
-    return np.where(is_zero, 0, best_byte).astype(np.uint8), np.where(is_zero[..., None], zero, best_codes).astype(
-        np.uint8
-    )
+    codes = np.where(is_zero[..., None], _zero_code(fmt), best_codes)
+    return np.where(is_zero, 0, best_byte).astype(np.uint8), codes.astype(np.uint8)
 
 
 def _nearest_codes(weights: NDArray[np.float32], s: NDArray[np.float32], fmt: WeightFormat) -> NDArray[np.uint8]:

@@ -6,9 +6,11 @@ same results to the bit; what cannot be handed over stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 
+from fourfold.config import WeightFormat
 from fourfold.program import Activation, Op
 
 
@@ -25,6 +27,22 @@ def fuse(ops: Sequence[Op], n_ranks: int) -> list[Op]:
             fused[i - 1] = _with_sum(fused[i - 1], op)
             fused[i] = _NOTHING
     return [op for op in fused if op is not _NOTHING]
+
+
+def one_format_each(ops: Sequence[Op], formats: Mapping[str, WeightFormat]) -> list[Op]:
+    """Linear ops over matrices of several formats (by name) become several, since one op is one kernel."""
+    parted: list[Op] = []
+    for op in ops:
+        if op.kind != "linear" or len(op.weights) == 1:
+            parted.append(op)
+            continue
+        places = sorted(range(len(op.weights)), key=lambda i: formats[op.weights[i][0]])
+        for _, same in groupby(places, key=lambda i: formats[op.weights[i][0]]):
+            at = list(same)
+            weights, writes = tuple(op.weights[i] for i in at), tuple(op.writes[i] for i in at)
+            vectors = tuple(op.vectors[i] for i in at)
+            parted.append(replace(op, weights=weights, writes=writes, vectors=vectors))
+    return parted
 
 
 _NOTHING = Op("select", (), ())

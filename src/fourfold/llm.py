@@ -24,7 +24,7 @@ from fourfold.config import KV_FORMATS
 from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.generation import Generation
 from fourfold.locate import fourfold_directory
-from fourfold.progress import bar, warn
+from fourfold.progress import bar, note, warn
 from fourfold.request import Request, Update, check_prompt
 from fourfold.residency import WEIGHTS
 from fourfold.sampling import SamplingParams
@@ -80,7 +80,8 @@ class LLM:
 
         A source that is not in a fourfold format yet is converted once and kept, with a progress bar on a terminal.
 
-        - `format`: nf4 (default), int4, fp4, int8, bf16 or f32; a fourfold directory has its own.
+        - `format`: nf4 (default), int4, fp4, int8, bf16 or f32; a fourfold directory has its own, and a quantized
+          checkpoint's codes are kept if it is left out.
         - `ranks`: slices of the model, one to a NUMA node by default. `threads`: of all ranks together.
         - `context`: positions to make room for; by default the model's own, at most 8192.
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.
@@ -339,7 +340,9 @@ def _load(
 ) -> tuple[Engine, Tokenizer | None, ChatTemplate | None]:
     """A model in memory, converted before where it must be."""
     with bar(f"converting {model}") as report:
-        directory = fourfold_directory(model, format, threads=options["threads"], report=report, check=check_text)
+        directory = fourfold_directory(
+            model, format, threads=options["threads"], report=report, notice=note, check=check_text
+        )
     tokenizer, template = load_text(directory, open_directory(directory).config.vocab_size)
 
     from fourfold.engine import MAX_SEQUENCES, Engine

@@ -17,7 +17,6 @@ from fourfold.models.shapes import SHAPES
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
 
-DEFAULT_FORMAT = "nf4"
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -85,11 +84,13 @@ def fourfold_directory(
     *,
     threads: int | None = None,
     report: Report | None = None,
+    notice: Callable[[str], None] | None = None,
     check: Callable[[Source], None] | None = None,
 ) -> Path:
     """A model ready to load: the directory itself, or its conversion, which is made once and kept.
 
-    `format` is that of the conversion (default nf4); of a directory that is converted already it can only be confirmed.
+    `format` is that of the conversion (default: nf4, or what keeps a quantized checkpoint's codes; `notice` hears what
+    becomes of them); of a directory that is converted already it can only be confirmed.
     `check` sees the source before it is converted, and may raise.
     """
     if format is not None and format not in FORMATS:
@@ -99,7 +100,7 @@ def fourfold_directory(
     if actual is None:
         from fourfold.conversion import cached
 
-        return Path(cached(path, format or DEFAULT_FORMAT, progress=report, threads=threads, check=check))
+        return Path(cached(path, format, progress=report, notice=notice, threads=threads, check=check))
     if format not in (None, actual):
         raise UserError(
             f"{path} is {actual}, not {format}; leave the format out, or convert the model's source to {format}"

@@ -92,8 +92,8 @@ def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> 
 def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None = None) -> NDArray[Any]:
     """y = x Wᵀ + bias: x (..., K), w (N, K), bias (N,); y (..., N) of x's type.
 
-    x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result is
-    the same bits whatever the number of threads. Raises UserError for other shapes and types.
+    x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result
+    is the same bits whatever the number of threads. Raises UserError for other shapes and types.
     """
     if not isinstance(w, QuantizedMatrix):
         raise UserError(f"linear multiplies by what fourfold.quantize made, not by {type(w).__name__}")
@@ -104,6 +104,7 @@ def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None 
     rows = inputs.reshape(-1, k)
     if rows.strides[1] != rows.itemsize or rows.strides[0] % rows.itemsize or rows.strides[0] < 0:
         rows = np.ascontiguousarray(rows)
+    rows = np.require(rows, requirements="A")
     plus = None if bias is None else np.ascontiguousarray(as_array(bias))
     if plus is not None and plus.shape != (n,):
         raise UserError(f"bias must have one value for each of the {n} outputs; it is {plus.shape}")

@@ -42,6 +42,13 @@ def warn(sentence: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]![/] {sentence}")
 
 
+def note(sentence: str) -> None:
+    """A sentence on stderr that warns of nothing."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(sentence)
+
+
 def _progress(unit: str) -> Progress:
     from rich.console import Console
     from rich.progress import (

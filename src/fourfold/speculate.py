@@ -36,7 +36,7 @@ class PromptLookup:
     Saxena, "Prompt Lookup Decoding" (2023): of use where an answer repeats its prompt or itself.
     """
 
-    N, PLACES = 3, 4  # ids that must agree; earlier places that are compared
+    N, PLACES = 2, 4  # ids that must agree; earlier places that are compared
 
     def __init__(self) -> None:
         self._places: dict[Generation, dict[tuple[int, ...], list[int]]] = {}

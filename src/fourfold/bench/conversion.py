@@ -23,7 +23,7 @@ from fourfold.checkpoint.hf_config import model_config
 from fourfold.conversion import checked_format, checked_threads, convert
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
-from fourfold.locate import DEFAULT_FORMAT
+from fourfold.keep import DEFAULT_FORMAT
 from fourfold.machine import Machine, choose_isa, plan_ranks, read_machine
 from fourfold.models import weight_specs
 

@@ -20,7 +20,7 @@ from fourfold.bench.limits import Limits, check_counts, forced_isa, spread, uses
 from fourfold.config import FORMATS, WeightFormat
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_K, n_panels, panel_bytes, stored_bytes
-from fourfold.locate import DEFAULT_FORMAT
+from fourfold.keep import DEFAULT_FORMAT
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
 from fourfold.placement import start_team
 from fourfold.program import TILE_N, split

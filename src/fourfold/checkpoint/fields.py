@@ -60,6 +60,13 @@ class Fields:
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self._take(key, None)
+        if not (_is_int(value) or isinstance(value, float)) or not -MAX_REAL < value < MAX_REAL:
+            raise self._wrong(key, value, "a number")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._take(key, default)
@@ -95,6 +102,10 @@ class Fields:
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
         return Fields(value, f"{self.where}, {key},")
+
+    def equals(self, key: str, value: Any) -> bool:
+        """Whether the key is there with just this value, which may be one that its reader does not take."""
+        return key in self and type(self._values[key]) is type(value) and bool(self._take(key, None) == value)
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse the key unless it is absent or has one of these values."""

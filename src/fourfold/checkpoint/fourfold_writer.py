@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -46,22 +46,33 @@ class Finished:
 class DirectoryWriter:
     """A context manager: `write` tensors, `commit` each weight, then `finish`. Threads may write different weights.
 
+    `formats` gives matrices a format of their own, in place of `fmt`.
+
     Left without `finish`, DST.partial stays for the next attempt, unless the source was found bad (CheckpointError).
     Raises UserError where DST exists, or DST.partial is another conversion's or in use; ResourceError where the disk is
     full.
     """
 
-    def __init__(self, dst: Path, config: ModelConfig, fmt: WeightFormat, source: str) -> None:
+    def __init__(
+        self,
+        dst: Path,
+        config: ModelConfig,
+        fmt: WeightFormat,
+        source: str,
+        formats: Mapping[str, WeightFormat] = MappingProxyType({}),
+    ) -> None:
         self.dst = dst
         if not dst.name:
             raise UserError(f"{dst} is not a name for a new directory; choose another destination")
         self.partial = dst.with_name(dst.name + ".partial")
         self.specs = weight_specs(config)
-        formats: dict[str, WeightFormat] = {spec.name: fmt for spec in self.specs if spec.is_matrix}
-        self.tensors = {tensor.name: tensor for tensor in lay_out(self.specs, formats)}
+        self._formats = {spec.name: formats.get(spec.name, fmt) for spec in self.specs if spec.is_matrix}
+        self.tensors = {tensor.name: tensor for tensor in lay_out(self.specs, self._formats)}
         self.data_bytes = sum(tensor.n_bytes for tensor in self.tensors.values())
         self.finished: dict[str, Finished] = {}
         self._identity = {"fourfold": VERSION, "format": fmt, "source": source, "model": config.to_dict()}
+        if others := {name: other for name, other in self._formats.items() if other != fmt}:
+            self._identity["formats"] = others
         self._header = _encode_header(self.tensors.values())
         self._written: dict[str, tuple[int, hashlib._Hash]] = {}  # bytes and hash so far, of tensors not committed
 
@@ -120,9 +131,8 @@ class DirectoryWriter:
         `files` are the tokenizer's; `quality` is None for weights that stand for no others.
         """
         identity = self._identity
-        weights = {
-            spec.name: {"format": identity["format"], "shape": spec.shape} for spec in self.specs if spec.is_matrix
-        }
+        shapes = {spec.name: spec.shape for spec in self.specs}
+        weights = {name: {"format": fmt, "shape": shapes[name]} for name, fmt in self._formats.items()}
         config = {key: identity[key] for key in ("fourfold", "format", "model")} | {"weights": weights}
         contents = {CONFIG: _encode(config)}
         for name, content in files.items():

@@ -50,7 +50,7 @@ def model_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     model_type = f.text("model_type")
     if model_type.startswith("yuan"):
         f.refuse(_YUAN_LATER.split(), LATER_FAMILIES)
-    f.refuse({"quantization_config"}, "fourfold reads unquantized Hugging Face checkpoints; start from those")
+    f.refuse({"quantization_config"}, "this asks for the shape alone; convert the checkpoint, and give the result")
     if model_type not in _READERS:
         raise UnsupportedError(
             f"{where}: architecture {model_type!r} is not supported; fourfold runs {', '.join(_READERS)}"

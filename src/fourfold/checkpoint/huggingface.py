@@ -1,6 +1,7 @@
 """Hugging Face directories: `config.json` and weights in one file or in shards, read through a memory mapping.
 
-The weights are safetensors, or files of `torch.save` (*.bin), whose pickles are read as data and never executed.
+The weights are safetensors, or files of `torch.save` (*.bin), whose pickles are read as data and never executed. Where
+`config.json` has a `quantization_config`, its method's reader puts the codes and scales of each matrix together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fourfold.checkpoint import torch_file
+from fourfold.checkpoint import awq, bnb, compressed_tensors, gptq, torch_file
+from fourfold.checkpoint.coded import CodedTensor, Parts
+from fourfold.checkpoint.complete import HEAD
 from fourfold.checkpoint.fields import Fields, check, check_names
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint, one_line, read_json
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
     from fourfold.models.rows import SourceTensor
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+CODE_DTYPES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+METHODS: dict[str, Callable[[Fields, Parts], dict[str, CodedTensor]]] = {
+    "bitsandbytes": bnb.read,
+    "gptq": gptq.read,
+    "awq": awq.read,
+    "compressed-tensors": compressed_tensors.read,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ def open_huggingface(path: Path) -> Source:
     fields = read_json(config_file)
     if "fourfold" in fields:
         raise CheckpointError(f"{path} is converted already; give the model that it was converted from")
+    quantization = Fields(fields, str(config_file)).fields("quantization_config")
+    fields.pop("quantization_config", None)
     config = _with_generation_eos(model_config(fields, str(config_file)), path / "generation_config.json")
     form, shards = _shards(path)
     files: list[MappedFile] = []
@@ -64,6 +76,7 @@ def open_huggingface(path: Path) -> Source:
         for name in found.keys() - listed if listed else ():
             raise CheckpointError(f"{shard} holds the tensor {name}, which {form.index} does not place there")
         tensors |= found
+    tensors = _decoded(quantization, tensors, config, path)
     tokenizer = find_tokenizer([path])
     return Source(
         path=path,
@@ -75,10 +88,41 @@ def open_huggingface(path: Path) -> Source:
     )
 
 
+def _decoded(
+    quantization: Fields, tensors: Mapping[str, SourceTensor], config: ModelConfig, path: Path
+) -> dict[str, SourceTensor]:
+    """The tensors, codes and scales put together. Raises UnsupportedError for types and methods that are not read."""
+    coded: dict[str, CodedTensor] = {}
+    rest = dict(tensors)
+    if list(quantization):
+        method = quantization.text("quant_method")
+        if method not in METHODS:
+            raise UnsupportedError(
+                f"{quantization.where} names the quant_method {method[:80]!r}; fourfold reads {', '.join(METHODS)}, and"
+                " what is not quantized"
+            )
+        mapped = {name: tensor for name, tensor in rest.items() if isinstance(tensor, MappedTensor)}
+        parts = Parts(mapped, str(path))
+        coded = METHODS[method](quantization, parts)
+        if not coded:
+            raise CheckpointError(f"{quantization.where} says {method}, but {path} has none of its tensors")
+        rest = {name: tensor for name, tensor in rest.items() if name in parts or name not in mapped} | coded
+        if config.tie_embeddings and HEAD in coded:
+            raise UnsupportedError(f"{path} quantizes {HEAD}, though its config.json ties it to the embedding")
+    for name, tensor in rest.items():
+        if isinstance(tensor, MappedTensor) and tensor.dtype in CODE_DTYPES.values():
+            stored_as = next(name for name, dtype in CODE_DTYPES.items() if dtype == tensor.dtype)
+            raise UnsupportedError(
+                f"{path}: tensor {name} is {stored_as}; fourfold reads only {', '.join(DTYPES)} and the codes"
+                " of a quantization_config"
+            )
+    return rest
+
+
 def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
     """The tensors of one safetensors file, whose header the `safetensors` library has found to be sound.
 
-    Raises CheckpointError for a damaged file, UnsupportedError for a tensor not in float32, float16 or bfloat16.
+    Raises CheckpointError for a damaged file, UnsupportedError for a tensor of a type that no weight or code has.
     """
     try:
         with safe_open(file.path, framework="numpy"):
@@ -91,12 +135,13 @@ def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
     check_names(header, str(file.path))
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        dtype = (DTYPES | CODE_DTYPES).get(entry["dtype"])
+        if dtype is None:
             raise UnsupportedError(
                 f"{file.path}: tensor {name} is {entry['dtype']}; fourfold reads only {', '.join(DTYPES)}"
             )
         start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = MappedTensor(file, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = MappedTensor(file, start, dtype, tuple(entry["shape"]))
     return tensors
 
 

@@ -119,6 +119,15 @@ class MappedTensor:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def octets(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of it, whatever they mean."""
+        assert 0 <= start <= stop <= self.n_bytes
+        return self.file.read(self.offset + start, self.offset + stop)
+
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         assert 0 <= start <= stop <= self.shape[0]
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize

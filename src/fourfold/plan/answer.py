@@ -14,7 +14,8 @@ from fourfold.config import FORMATS, KV_FORMATS, KVFormat, ModelConfig, WeightFo
 from fourfold.engine import usable_context
 from fourfold.errors import UnsupportedError, UserError
 from fourfold.footprint import F32, PAGE
-from fourfold.locate import BUNDLED, DEFAULT_FORMAT, fourfold_format, known_config, source_path
+from fourfold.keep import DEFAULT_FORMAT
+from fourfold.locate import BUNDLED, fourfold_format, known_config, source_path
 from fourfold.machine import MAX_RANKS, RankPlan, plan_ranks, read_machine
 from fourfold.models import weight_specs
 from fourfold.plan.calibrate import Calibration

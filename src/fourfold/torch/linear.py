@@ -79,6 +79,9 @@ class Linear(nn.Linear):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
+        """Raises UserError for inputs of another width or type."""
+        if input.shape[-1] != self.in_features:
+            raise UserError(f"the last axis must be the {self.in_features} inputs; this input is {tuple(input.shape)}")
         y: Tensor = torch.ops.fourfold.linear(
             input, self.weight, self.weight_scale, self.bias, self.format, self.out_features
         )

@@ -182,7 +182,7 @@ def _check_bias(bias: Tensor, n: int) -> None:
 
 
 def _is_bytes(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    return bool(tensor.dtype == torch.uint8 and tensor.is_contiguous())
 
 
 def _number_type(tensor: Tensor) -> int:

@@ -17,21 +17,17 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     """Exchanges every nn.Linear in `model` for a `Linear` of a weight format, and returns the model.
 
     One at a time: a weight's own memory is free before the next is quantized, so beside the model there is never more
-    than one quantized matrix. `choose(name, linear)` says which; by default all do. Subclasses of nn.Linear are left alone,
-    for they compute something of their own. A linear that stands in two places is one afterwards too; a weight that an
-    embedding shares stays the embedding's.
+    than one quantized matrix. `choose(name, linear)` says which; by default all do. Subclasses of nn.Linear are left
+    alone, for they compute something of their own. A linear that stands in two places is one afterwards too; a weight
+    that an embedding shares stays the embedding's.
 
-    Raises UserError for an unknown format, for a model that is a linear itself, and where a weight is not a finite number
-    (what was exchanged before it stays exchanged).
+    Raises UserError for an unknown format, for a model that is a linear itself, and where a weight is not a finite
+    number (what was exchanged before it stays exchanged).
     """
     check_format(format)
     if type(model) is nn.Linear:
         raise UserError("a linear cannot be exchanged inside itself; use Linear.from_float")
-    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
-    for parent_name, parent in model.named_modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and (choose is None or choose(f"{parent_name}.{name}".lstrip("."), child)):
-                places.setdefault(child, []).append((parent, name))
+    places = _places(model, choose)
     while places:
         linear, where = places.popitem()
         try:
@@ -42,3 +38,15 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
             setattr(parent, name, made)
         del linear
     return model
+
+
+def _places(model: nn.Module, choose: Choice | None) -> dict[nn.Linear, list[tuple[nn.Module, str]]]:
+    """Every linear that is to be exchanged, with the parents that hold it and its names there."""
+    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():  # named_children would show a linear of two names once
+            if type(child) is not nn.Linear:
+                continue
+            if choose is None or choose(f"{parent_name}.{name}".lstrip("."), child):
+                places.setdefault(child, []).append((parent, name))
+    return places

@@ -1,6 +1,6 @@
 """What torch.save really writes, read without torch; and torch reads what tests/torch_writer.py writes.
 
-These need torch, which `make test` does not install: `pip install torch` into the environment to run them.
+These need torch: `make frameworks`.
 """
 
 from __future__ import annotations

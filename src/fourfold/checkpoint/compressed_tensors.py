@@ -1,0 +1,91 @@
+"""compressed-tensors' int4 weights in its `pack-quantized` form: weight = scale · (code - zero point).
+
+A matrix (N, K) in groups of G inputs is `weight_packed` int32 (N, K/8), 8 inputs a word, the first lowest;
+`weight_scale` float (N, K/G); `weight_shape`, N and K; and, where it is not symmetric, `weight_zero_point` int32
+(N/8, K/G), 8 outputs a word. Codes and zero points are stored with 8 added; where there is none, it is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.checkpoint.coded import CodedTensor, Parts
+from fourfold.checkpoint.fields import Fields
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, minus_zeros, nibbles
+from fourfold.checkpoint.source import MappedTensor
+from fourfold.errors import CheckpointError, UnsupportedError
+
+_FORM = "pack-quantized"
+_HARMLESS_OF_WEIGHTS = """
+    symmetric group_size block_structure actorder observer observer_kwargs scale_dtype zp_dtype"""
+
+
+def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
+    """The coded matrices, by name. Raises UnsupportedError, naming the option, for what is not int4 weights alone."""
+    f.only("format", _FORM)
+    f.only("quantization_status", "compressed")
+    f.only("sparsity_config", {})
+    f.only("transform_config", {})
+    for key in ("kv_cache_scheme", "moe_sparsity_config"):
+        f.refuse({key}, "fourfold reads quantized weights of compressed-tensors, and nothing else that it quantizes")
+    groups = f.fields("config_groups")
+    for name in groups:
+        _check_group(groups.fields(name))
+    f.finish(("ignore", "global_compression_ratio", "version"))
+    return {f"{module}.weight": _matrix(module, parts) for module in parts.modules(".weight_packed")}
+
+
+def _check_group(group: Fields) -> None:
+    """Every group is int4 weights; how large its groups are is what the scales' shapes say."""
+    group.only("format", _FORM)
+    for key in ("input_activations", "output_activations"):
+        group.refuse({key}, "fourfold quantizes weights alone, so the model's results would be others")
+    weights = group.fields("weights")
+    weights.only("num_bits", 4)
+    weights.only("type", "int")
+    weights.only("strategy", "group", "channel", "tensor")
+    weights.only("dynamic", False)
+    weights.finish(_HARMLESS_OF_WEIGHTS.split())
+    group.finish(("targets",))
+
+
+def _matrix(module: str, parts: Parts) -> CodedTensor:
+    shape = parts.take(f"{module}.weight_shape", ("int64", "int32"), (2,)).rows(0, 2)
+    n, k = int(shape[0]), int(shape[1])
+    if min(n, k) < 1 or k % 8:
+        raise CheckpointError(f"{parts.where}: {module}.weight_shape says ({n}, {k}), which is no packed matrix's")
+    words = parts.take(f"{module}.weight_packed", ("int32",), (n, k // 8))
+    scales = parts.take(f"{module}.weight_scale", SCALE_TYPES)
+    groups = scales.shape[-1] if scales.shape else 0
+    if scales.shape not in ((n, groups), (1,)) or groups < 1 or k % groups:
+        raise CheckpointError(
+            f"{parts.where}: {module}.weight_scale has the shape {scales.shape}, of a matrix ({n}, {k})"
+        )
+    zeros = _zero_points(module, n, groups, parts)
+    if f"{module}.weight_g_idx" in parts:
+        order = parts.take(f"{module}.weight_g_idx", ("int32",), (k,)).rows(0, k)
+        if not np.array_equal(order, np.arange(k) // (k // groups)):
+            raise UnsupportedError(
+                f"{parts.where}: {module}.weight_g_idx deals the inputs out to groups in another order (actorder),"
+                " which fourfold does not undo; use a checkpoint quantized with actorder null or weight"
+            )
+
+    def integers(start: int, stop: int) -> NDArray[np.int8]:
+        return minus_zeros(nibbles(words.rows(start, stop)), zeros[start:stop], k // groups)
+
+    def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
+        if len(scales.shape) == 2:
+            return scales.rows(start, stop).astype(np.float32)
+        return np.full((stop - start, 1), scales.rows(0, 1), np.float32)
+
+    return IntegerTensor("compressed-tensors int4", (n, k), k // groups, bool((zeros == 8).all()), integers, scale_rows)
+
+
+def _zero_points(module: str, n: int, groups: int, parts: Parts) -> NDArray[np.int8]:
+    """(N, groups), as stored: 8 is none."""
+    if f"{module}.weight_zero_point" not in parts:
+        return np.broadcast_to(np.int8(8), (n, groups))
+    packed: MappedTensor = parts.take(f"{module}.weight_zero_point", ("int32",), (-(-n // 8), groups))
+    by_group = nibbles(packed.rows(0, packed.shape[0]).T)  # (groups, N and what fills the last word)
+    return by_group[:, :n].T.view(np.int8)

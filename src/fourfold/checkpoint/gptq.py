@@ -1,0 +1,69 @@
+"""GPTQ's int4 weights, as AutoGPTQ and GPTQModel store them: weight = scale · (code - zero point).
+
+A matrix (N, K) in groups of G inputs is `qweight` int32 (K/8, N), 8 inputs a word; `scales` float (K/G, N); `qzeros`
+int32 (K/G, N/8), 8 outputs a word; and `g_idx` int32 (K,), the group of each input. Words hold their first code lowest.
+Zero points are stored less one, except in `gptq_v2`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.checkpoint.coded import CodedTensor, Parts
+from fourfold.checkpoint.fields import Fields
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, minus_zeros, nibbles
+from fourfold.errors import CheckpointError, UnsupportedError
+
+_HARMLESS = """
+    sym damp_percent damp_auto_increment static_groups true_sequential act_group_aware mse lm_head meta dataset
+    tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize
+    module_name_preceding_first_block batch_size pad_token_id max_input_length cache_block_outputs
+    modules_in_block_to_quantize use_exllama disable_exllama exllama_config use_cuda_fp16 backend desc_act
+    modules_to_not_convert"""
+
+
+def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
+    """The coded matrices, by name. Raises UnsupportedError, naming the option, for what is kept in no other form."""
+    f.only("bits", 4)
+    f.only("pack_dtype", "int32")
+    f.only("is_marlin_format", False)
+    for key in ("checkpoint_format", "format"):
+        f.only(key, "gptq", "gptq_v2")
+    f.only("method", "gptq")
+    f.only("dynamic", {})
+    stored_less = 0 if "gptq_v2" in (f.text("checkpoint_format", "gptq"), f.text("format", "gptq")) else 1
+    group = None if f.equals("group_size", -1) else f.size("group_size")
+    f.finish(_HARMLESS.split())
+    return {f"{module}.weight": _matrix(module, group, stored_less, parts) for module in parts.modules(".qweight")}
+
+
+def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> CodedTensor:
+    words = parts.take(f"{module}.qweight", ("int32",))
+    if len(words.shape) != 2 or min(words.shape) < 1 or words.shape[1] % 8:
+        raise CheckpointError(
+            f"{parts.where}: {module}.qweight has the shape {words.shape}, which is no packed matrix's"
+        )
+    k, n = 8 * words.shape[0], words.shape[1]
+    group = checked_group(group, k, module, parts)
+    scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
+    stored = nibbles(parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8)).rows(0, k // group))
+    if stored_less and (stored == 15).any():  # readers differ on what it means
+        raise UnsupportedError(f"{parts.where}: {module}.qzeros holds the zero point 16, which is not one of 4 bits")
+    zeros = (stored + np.uint8(stored_less)).astype(np.int8).T  # (N, K/G)
+    if f"{module}.g_idx" in parts:
+        order = parts.take(f"{module}.g_idx", ("int32",), (k,)).rows(0, k)
+        if not np.array_equal(order, np.arange(k) // group):
+            raise UnsupportedError(
+                f"{parts.where}: {module}.g_idx deals the inputs out to groups in another order (desc_act), which"
+                " fourfold does not undo; use a checkpoint quantized with desc_act false"
+            )
+
+    def integers(start: int, stop: int) -> NDArray[np.int8]:
+        by_output = np.ascontiguousarray(words.rows(0, k // 8)[:, start:stop].T)  # (rows, K/8)
+        return minus_zeros(nibbles(by_output), zeros[start:stop], group)
+
+    def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
+        return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)
+
+    return IntegerTensor("GPTQ int4", (n, k), group, bool((zeros == 8).all()), integers, scale_rows)

@@ -1,0 +1,106 @@
+"""Weights that are a scale times a small integer: what GPTQ, AWQ and compressed-tensors each pack in its own way.
+
+Shape letters: N outputs, K inputs, G inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.checkpoint.coded import CodedTensor, Parts, block_type, misfit
+from fourfold.config import WeightFormat
+from fourfold.errors import CheckpointError
+from fourfold.format import TILE_K
+
+SCALE_TYPES = ("float16", "bfloat16", "float32")
+SCAN_WEIGHTS = 4 << 20  # looked through at a time
+INT4_OFFSET = 8  # int4 is (code - 8) / 8
+INT8_STEPS = 127  # int8 is code / 127
+
+
+@dataclass(frozen=True)
+class IntegerTensor(CodedTensor):
+    """Weights that are a scale times a small integer: scale · (code - zero point), each of 4 bits.
+
+    `read_integers(start, stop)` gives code - zero point of rows, int8 (stop - start, K), all from -15 to 15;
+    `read_scales` float32 (stop - start, K / group). `is_centred` where every zero point is 8.
+    """
+
+    origin: str
+    shape: tuple[int, int]
+    group: int  # inputs that share a scale; divides K
+    is_centred: bool
+    read_integers: Callable[[int, int], NDArray[np.int8]]
+    read_scales: Callable[[int, int], NDArray[np.float32]]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        scales = np.repeat(self.read_scales(start, stop), self.group, axis=1)
+        return self.read_integers(start, stop).astype(np.float32) * scales
+
+    @cached_property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        if self.group % TILE_K:
+            return ()
+        return ("int4", "int8") if self._fits_int4() else ("int8",)
+
+    @property
+    def fault(self) -> str | None:
+        return None if self.formats else misfit(self.group, self.shape[1])
+
+    def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
+        assert fmt in self.formats
+        integers = self.read_integers(start, stop)
+        scales = np.repeat(self.read_scales(start, stop), self.group // TILE_K, axis=1)
+        rows = np.empty(stop - start, block_type(self.shape[1]))
+        if fmt == "int8":
+            rows["codes"] = integers.view(np.uint8)
+            rows["scales"] = scales * np.float32(INT8_STEPS)
+            return rows
+        by_block = integers.reshape(stop - start, self.shape[1] // TILE_K, TILE_K)
+        sign = np.where(
+            by_block.max(axis=2) >= INT4_OFFSET, np.int8(-1), np.int8(1)
+        )  # 8 is there only as a mirrored -8
+        rows["codes"] = (by_block * sign[..., None] + np.int8(INT4_OFFSET)).reshape(integers.shape).view(np.uint8)
+        rows["scales"] = scales * sign * np.float32(INT4_OFFSET)
+        return rows
+
+    def _fits_int4(self) -> bool:
+        """Whether each block lies in -8..7 or, mirrored, in -7..8."""
+        if self.is_centred:
+            return True
+        n, k = self.shape
+        step = max(1, SCAN_WEIGHTS // k)
+        for start in range(0, n, step):  # one that does not fit does so soon
+            blocks = self.read_integers(start, min(start + step, n)).reshape(-1, TILE_K)
+            least, most = blocks.min(axis=1), blocks.max(axis=1)
+            if not (((least >= -8) & (most <= 7)) | ((least >= -7) & (most <= 8))).all():
+                return False
+        return True
+
+
+def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
+    """G, or K where it is None: one scale an output. Raises CheckpointError where groups do not divide K."""
+    group = group or k
+    if k % group:
+        raise CheckpointError(f"{parts.where}: {module} has {k} inputs, which groups of {group} do not divide evenly")
+    return group
+
+
+def minus_zeros(codes: NDArray[np.uint8], zeros: NDArray[np.int8], group: int) -> NDArray[np.int8]:
+    """Codes (rows, K) less their groups' zero points (rows, K/G), both from 0 to 15: int8 (rows, K)."""
+    grouped = codes.view(np.int8).reshape(len(codes), codes.shape[1] // group, group)
+    return (grouped - zeros[..., None]).reshape(codes.shape)
+
+
+def nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:
+    """The 4-bit codes of 32-bit words (..., n), the lowest first: (..., 8 n)."""
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    codes = np.empty((*octets.shape, 2), np.uint8)
+    codes[..., 0], codes[..., 1] = octets & 15, octets >> 4
+    return codes.reshape(*octets.shape[:-1], 2 * octets.shape[-1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fourfold.torch.grouped  # noqa: F401  # defines the operator
-from fourfold.errors import UnsupportedError, UserError
+from fourfold.errors import UnsupportedError
 from fourfold.matrix import huge_empty, quantize
 from fourfold.torch.linear import fixed, format_tensor
 from fourfold.torch.ops import weight_shapes
@@ -96,10 +96,6 @@ def dequantize_experts(module: nn.Module, dtype: torch.dtype) -> None:
     del module._buffers["weight_format"]
     cast(Any, module.config)._experts_implementation = experts.implementation
     delattr(module, _MARK)
-
-
-def expert_scales() -> list[str]:
-    return [f"{name}_scale" for name in TENSORS]
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

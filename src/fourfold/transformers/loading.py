@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from fourfold.errors import CheckpointError, UserError
-from fourfold.format import SCALED
 from fourfold.matrix import quantize
 from fourfold.torch.linear import Linear
-from fourfold.transformers.experts import expert_scales, is_quantized_experts, quantize_experts
+from fourfold.transformers.experts import is_quantized_experts, quantize_experts
 
 FORMAT_SUFFIX = "weight_format"
+READ = "_is_hf_initialized"  # what Transformers marks tensors with that it has read, and modules that need no more
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]  # Transformers is not there to be checked
@@ -55,35 +55,30 @@ def _parts(path: str, weight: Tensor, format: str) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for name, tensor in quantized.state_dict().items()}
 
 
-def check_files(files: Sequence[str], format: str, n_modules: int) -> None:
-    """Raises CheckpointError where a saved model's files are not of this format, or lack some of it.
-
-    `n_modules` of the model are quantized. They may be fewer than in the files, which then hold a head besides; their
-    names may differ, so they are counted.
-    """
-    names: set[str] = set()
-    formats: dict[str, str] = {}
+def check_files(files: Sequence[str], format: str) -> None:
+    """Raises CheckpointError where a saved model's files are not what its config says."""
     for file in files:
         if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file} is no safetensors file; fourfold reads its weights from nothing else")
+            raise CheckpointError(f"{file} is no safetensors file; fourfold's weights are kept in nothing else")
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                names.add(name)
-                if name.endswith(FORMAT_SUFFIX):
-                    formats[name.removesuffix(FORMAT_SUFFIX)] = _text(tensors.get_tensor(name))
-    for prefix, found in formats.items():
-        if found != format:
-            raise CheckpointError(f"config.json says that the weights are {format}; {prefix}weight is {found}")
-        if format in SCALED and not any(scales in names for scales in _scales(prefix)):
-            raise CheckpointError(f"{prefix}weight is in the checkpoint, and its scales are not")
-    if len(formats) < n_modules:
-        raise CheckpointError(
-            f"the checkpoint holds {len(formats)} matrices in {format}, and the model needs {n_modules} of them"
-        )
+                if name.endswith(FORMAT_SUFFIX) and (found := _text(tensors.get_tensor(name))) != format:
+                    which = f"{name.removesuffix(FORMAT_SUFFIX)}weight"
+                    raise CheckpointError(f"config.json says that the weights are {format}, and {which} is {found}")
 
 
-def _scales(prefix: str) -> list[str]:
-    return [f"{prefix}weight_scale", *(prefix + name for name in expert_scales())]
+def check_all_read(model: nn.Module) -> None:
+    """Raises CheckpointError where a tensor of a quantized module was in no file.
+
+    Transformers gives such tensors random numbers, with a warning, but can do that to floating-point numbers only.
+    """
+    for path, module in model.named_modules():
+        if not (isinstance(module, Linear) or is_quantized_experts(module, "down_proj")):
+            continue
+        tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        for name, tensor in tensors.items():
+            if not getattr(tensor, READ, False):
+                raise CheckpointError(f"{path}.{name} is not in the checkpoint, so {path} cannot be computed with")
 
 
 def _text(tensor: Tensor) -> str:

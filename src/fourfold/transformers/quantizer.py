@@ -23,7 +23,7 @@ from fourfold.torch.linear import Linear
 from fourfold.torch.ops import NUMBER_TYPES
 from fourfold.transformers.config import METHOD, FourfoldConfig
 from fourfold.transformers.experts import are_experts, dequantize_experts, is_quantized_experts, prepare_experts
-from fourfold.transformers.loading import Quantize, check_files
+from fourfold.transformers.loading import READ, Quantize, check_all_read, check_files
 
 WORTH_SAYING = 1 << 20  # numbers in a matrix that is left as it is
 
@@ -91,20 +91,19 @@ class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is n
             if all(should_convert_module(name, [pattern]) for name in names):
                 raise UserError(f"{pattern!r} in modules_to_not_convert is no module of {type(model).__name__}")
         kept = self.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
-        n_modules = self._exchange(model, kept)
-        if not n_modules:
+        if not self._exchange(model, kept):
             raise UserError(f"{type(model).__name__} has no matrix to quantize beside {', '.join(sorted(kept))}")
         if self.pre_quantized and checkpoint_files:
-            check_files(checkpoint_files, self.quantization_config.format, n_modules)
+            check_files(checkpoint_files, self.quantization_config.format)
         if not self.pre_quantized:
             _say_what_is_left(model, kept, self._tied)
 
-    def _exchange(self, model: PreTrainedModel, kept: list[str]) -> int:
-        """Puts empty quantized modules in their places; the number of all that will be."""
+    def _exchange(self, model: PreTrainedModel, kept: list[str]) -> bool:
+        """Puts empty quantized modules in their places; whether there are any, or will be."""
         format = self.quantization_config.format
         ties = model.all_tied_weights_keys
         tied = {name.rpartition(".")[0] for pair in ties.items() for name in pair if name.endswith(".weight")}
-        n_modules = 0
+        found = False
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, kept):
                 continue
@@ -116,10 +115,11 @@ class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is n
                     model.set_submodule(name, self._empty(name, module))
             elif are_experts(module):
                 prepare_experts(module, format)
+                setattr(module, READ, True)
             else:
                 continue
-            n_modules += 1
-        return n_modules
+            found = True
+        return found
 
     def _empty(self, name: str, module: nn.Module) -> Linear:
         transposed = isinstance(module, Conv1D)
@@ -128,7 +128,9 @@ class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is n
             self._transposed.add(name)
         bias = module.bias
         dtype = None if bias is None else bias.dtype
-        return Linear(k, n, bias is not None, "meta", dtype, format=self.quantization_config.format)
+        empty = Linear(k, n, bias is not None, "meta", dtype, format=self.quantization_config.format)
+        setattr(empty, READ, True)
+        return empty
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
@@ -137,6 +139,7 @@ class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is n
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._failures:
             raise CheckpointError("; ".join(self._failures[:3]))
+        check_all_read(model)
         for name in self._tied:
             head = Linear.from_float(model.get_submodule(name), format=self.quantization_config.format)
             head.bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone(), requires_grad=False)
@@ -146,15 +149,16 @@ class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is n
         model._weight_conversions = _sparing(model._weight_conversions, model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(module.dequantize().to(dtype), requires_grad=False)
+                plain.weight = nn.Parameter(module.dequantize().to(wanted), requires_grad=False)
                 plain.bias = module.bias
                 model.set_submodule(name, plain.train(module.training))
             elif is_quantized_experts(module, "down_proj"):
-                dequantize_experts(module, dtype or torch.float32)
+                dequantize_experts(module, wanted)
         return model
 
 

@@ -42,7 +42,7 @@ def _grouped_linear(
     plus = None if bias is None else bias.contiguous()
     threads = torch.get_num_threads()
     end = 0
-    for e, begin, end in _groups(counts, len(rows)):  # noqa: B007  # the last end is used
+    for e, begin, end in _groups(counts, len(rows)):
         _core.matmul(
             format,
             out_features,

@@ -5,9 +5,9 @@
     model = AutoModelForCausalLM.from_pretrained(DIR, quantization_config=FourfoldConfig())
     model.save_pretrained(OUT)      # AutoModelForCausalLM.from_pretrained(OUT) reads it back
 
-Importing this module registers the method, and must be done before a saved model is read: Transformers looks for plug-ins
-nowhere. Without it `from_pretrained` says that it does not know the method `fourfold`, and then raises, for the weights
-have not the shapes that it expects.
+Importing this module registers the method, and must be done before a saved model is read: Transformers looks nowhere
+for plug-ins. Without it `from_pretrained` says that it does not know the method `fourfold`, and then raises, for the
+weights have not the shapes that it expects.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ METHOD = "fourfold"
 
 
 @register_quantization_config(METHOD)
-class FourfoldConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transformers is not there to be checked
+class FourfoldConfig(QuantizationConfigMixin):
     """Quantize the matrices of a model to a weight format of fourfold.
 
     - `format`: nf4 (default), int4, fp4, int8, bf16, f32: any that docs/format.md describes.
-    - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's beginning,
-      its end, or a regular expression). None leaves the output head and what is tied to it, as its other methods do. A
-      list takes the place of that: with [] the head is quantized too, and if it is tied, the embedding keeps its own
-      weights and the head gets a quantized copy.
+    - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
+      beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
+      methods do. A list takes the place of that: with [] the head is quantized too, and where it is tied, the
+      embedding keeps its weights and the head gets a quantized copy.
 
     Raises UserError for an unknown format or key, and for patterns that are none.
     """

@@ -1,7 +1,7 @@
 """Mixtures of experts: Transformers keeps a layer's experts as fused tensors of three axes, and so do we, quantized.
 
-Its experts' classes (those under `use_experts_implementation`) say how they compute and leave the products to a function
-that a model's config names. Ours is one of these. A module keeps its class, its gate and its activation; its tensors
+Its experts' classes (those under `use_experts_implementation`) say how they compute, and leave the products to a
+function that a model's config names. Ours is one of these. A module keeps its class, gate and activation; its tensors
 
     gate_up_proj, or up_proj  (E, N, K) or, transposed, (E, K, N)      and      down_proj  (E, N, K) ...
 
@@ -108,7 +108,9 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     n_experts = len(self.down_proj)
     counts = torch.zeros(n_experts, dtype=torch.int64).index_add_(0, chosen, torch.ones_like(chosen))
-    up = _product(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // n_chosen], counts, chosen)
+    up = _product(
+        self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[order // n_chosen], counts, chosen
+    )
     inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
     outer = _product(self, "down_proj", inner, counts, chosen)
     if self.has_post_expert_norm:

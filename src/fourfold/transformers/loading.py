@@ -19,7 +19,7 @@ FORMAT_SUFFIX = "weight_format"
 READ = "_is_hf_initialized"  # what Transformers marks tensors with that it has read, and modules that need no more
 
 
-class Quantize(ConversionOps):  # type: ignore[misc]  # Transformers is not there to be checked
+class Quantize(ConversionOps):
     """Makes of one weight, just read, what a quantized module holds instead of it.
 
     Transformers reports whatever an operation raises as a trace in a table and goes on. What is the user's to know is

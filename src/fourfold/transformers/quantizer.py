@@ -31,12 +31,12 @@ log = logging.getLogger("fourfold.transformers")
 
 
 @register_quantizer(METHOD)
-class FourfoldQuantizer(HfQuantizer):  # type: ignore[misc]  # Transformers is not there to be checked
+class FourfoldQuantizer(HfQuantizer):
     """Exchanges the linears of a model (GPT-2's Conv1D too) and its experts, before its weights are read.
 
     Weights are quantized one after another as they are read; of a mixture's layer all experts are read at once. A head
-    that shares its weight with an embedding is quantized last, from it. Large matrices that are left as they are, though
-    nobody asked for that, are named in a warning of the logger `fourfold.transformers`.
+    that shares its weight with an embedding is quantized last, from it. Large matrices that are left as they are,
+    though nobody asked for that, are named in a warning of the logger `fourfold.transformers`.
 
     Everything lies in CPU memory. Raises UserError (UnsupportedError, CheckpointError) for another device or dtype, for
     `modules_to_not_convert` that names nothing, for weights that are not finite, and for files that are damaged or in

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -61,14 +62,16 @@ void linear(const std::string& name, const std::string& isa, Array<const uint8_t
                  y.shape(1), scratch.as()});
 }
 
-// out (Q, D) of Q <= 16 queries (Q, D), query i seeing n_positions[i] of keys and values (T, D), in chunks.
+// out (Q, D) of Q <= 16 queries (Q, D), query i seeing positions first[i] .. n_positions[i] - 1 of keys and values
+// (T, D), in chunks; those before all that is seen are skipped.
 void attend(const std::string& isa, const std::string& kv, Array<const float, 2> q, Array<const float, 2> keys,
-            Array<const float, 2> values, Array<const int32_t, 1> n_positions, size_t chunk, Array<float, 2> out) {
+            Array<const float, 2> values, Array<const int32_t, 1> first, Array<const int32_t, 1> n_positions,
+            size_t chunk, Array<float, 2> out) {
     const RowKernels& rows = rows_named(isa);
     const size_t n = q.shape(0), d = q.shape(1), t = keys.shape(0);
     const auto format = kv_named(kv);
-    if (n > kAttendQueries || n_positions.shape(0) != n || values.shape(0) != t || keys.shape(1) != d || t == 0 ||
-        chunk == 0 || chunk % kPage != 0)
+    if (n > kAttendQueries || n_positions.shape(0) != n || first.shape(0) != n || values.shape(0) != t ||
+        keys.shape(1) != d || t == 0 || chunk == 0 || chunk % kPage != 0)
         throw std::invalid_argument("attend: the arrays' shapes do not agree");
     const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage,
                  n_chunks = (t + chunk - 1) / chunk;
@@ -87,6 +90,7 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     args.n_queries = n;
     for (size_t i = 0; i < n; ++i) {
         args.q[i] = q.data() + i * d;
+        args.first[i] = static_cast<size_t>(first.data()[i]);
         args.n_positions[i] = static_cast<size_t>(n_positions.data()[i]);
     }
     args.pages = pages.as();
@@ -96,11 +100,11 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     args.scale = 1.0f / std::sqrt(static_cast<float>(d));
     args.format = format;
     args.scratch = scratch.as<float>();
-    const size_t last = std::min(t, args.n_positions[n - 1]);
+    const size_t last = std::min(t, args.n_positions[n - 1]), begin = args.first[0] / kPage * kPage;
     size_t used = 0;
-    for (; used * chunk < last; ++used) {
-        args.begin = used * chunk;
-        args.end = std::min(args.begin + chunk, last);
+    for (size_t c = begin / chunk; c * chunk < last; ++c, ++used) {
+        args.begin = std::max(begin, c * chunk);
+        args.end = std::min((c + 1) * chunk, last);
         args.end_ahead = last;
         args.partial = partials.as<float>() + used * n * floats;
         rows.attend(args);
@@ -123,7 +127,7 @@ void bind_kernels(nb::module_& m) {
         },
         "isa"_a, "format"_a, "m"_a, "The row that M tokens in a format take on an ISA.");
     m.def("linear", &linear, "kernel"_a, "isa"_a, "panels"_a, "scales"_a.none(), "x"_a, "y"_a.noconvert());
-    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "n_positions"_a, "chunk"_a,
+    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "first"_a, "n_positions"_a, "chunk"_a,
           "out"_a.noconvert());
     m.def(
         "rms_norm",
@@ -139,11 +143,10 @@ void bind_kernels(nb::module_& m) {
         },
         "isa"_a, "x"_a.noconvert(), "cosines"_a, "sines"_a);
     m.def(
-        "silu_mul",
-        [](const std::string& isa, Array<const float, 1> a, Array<const float, 1> b, Array<float, 1> y) {
-            rows_named(isa).silu_mul(a.data(), b.data(), a.shape(0), y.data());
-        },
-        "isa"_a, "a"_a, "b"_a, "y"_a.noconvert());
+        "gate_mul",
+        [](const std::string& isa, const std::string& gate, Array<const float, 1> a, Array<const float, 1> b,
+           Array<float, 1> y) { rows_named(isa).gate_mul(gate_named(gate))(a.data(), b.data(), a.shape(0), y.data()); },
+        "isa"_a, "gate"_a, "a"_a, "b"_a, "y"_a.noconvert());
     m.def(
         "add_parts",
         [](const std::string& isa, Array<const float, 1> base, Array<const float, 2> parts,

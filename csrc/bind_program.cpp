@@ -132,13 +132,14 @@ void bind_program(nb::module_& m) {
         .def("add_weight", &Program::add_weight, "weight"_a)
         .def("read_from", &Program::read_from, "path"_a, "patience_seconds"_a)
         .def(
-            "set_rope",
+            "add_rotary",
             [](Program& p, Array<const float, 2> cosines, Array<const float, 2> sines) {
-                p.set_rope({cosines.data(), cosines.data() + cosines.size()},
-                           {sines.data(), sines.data() + sines.size()});
+                return p.add_rotary({{cosines.data(), cosines.data() + cosines.size()},
+                                     {sines.data(), sines.data() + sines.size()},
+                                     2 * cosines.shape(1)});
             },
-            "cosines"_a, "sines"_a)
-        .def("add_embed", &Program::add_embed, "weight"_a, "dst"_a)
+            "cosines"_a, "sines"_a, "Tables (context, rotated dimensions / 2); their number, for add_cache.")
+        .def("add_embed", &Program::add_embed, "weight"_a, "scale"_a, "dst"_a)
         .def(
             "add_norm",
             [](Program& p, int src, const std::vector<Array<const float, 1>>& w, float eps, int dst) {
@@ -146,15 +147,23 @@ void bind_program(nb::module_& m) {
             },
             "src"_a, "w"_a, "eps"_a, "dst"_a)
         .def(
+            "add_normed",
+            [](Program& p, int base, int src, const std::vector<Array<const float, 1>>& w, float eps, int dst) {
+                p.add_normed(base, src, place(p, w), eps, dst);
+            },
+            "base"_a, "src"_a, "w"_a, "eps"_a, "dst"_a)
+        .def(
             "add_linear",
             [](Program& p, int src, const std::vector<PartTuple>& parts, const std::vector<Array<const float, 1>>& norm,
-               float eps, int up, int base, int sum, const std::vector<Array<const float, 1>>& sum_bias) {
+               float eps, int up, const std::string& gate, int base, int sum,
+               const std::vector<Array<const float, 1>>& sum_bias) {
                 std::vector<Program::LinearPart> linear;
                 for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, place(p, bias)});
-                p.add_linear({src, place(p, norm), eps, up}, std::move(linear), {base, sum, place(p, sum_bias)});
+                p.add_linear({src, place(p, norm), eps, up, gate_named(gate)}, std::move(linear),
+                             {base, sum, place(p, sum_bias)});
             },
             "src"_a, "parts"_a, nb::kw_only(), "norm"_a = nb::list(), "eps"_a = 0.0f, "up"_a = Program::kNone,
-            "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
+            "gate"_a = "silu", "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
             "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input is "
             "normed with. sum: where base + outputs + sum_bias goes.")
         .def(
@@ -163,9 +172,27 @@ void bind_program(nb::module_& m) {
                 p.add_reduce(partial, base, place(p, bias), dst);
             },
             "partial"_a, "base"_a, "bias"_a, "dst"_a)
-        .def("add_cache", &Program::add_cache, "layer"_a, "q"_a, "k"_a, "v"_a)
-        .def("add_attend", &Program::add_attend, "layer"_a, "q"_a, "kv_of_head"_a, "dst"_a)
-        .def("add_gated", &Program::add_gated, "gate"_a, "up"_a, "dst"_a)
+        .def(
+            "add_cache",
+            [](Program& p, int layer, int q, int k, int v, int rotary, const std::vector<Array<const float, 1>>& q_norm,
+               const std::vector<Array<const float, 1>>& k_norm,
+               float eps) { p.add_cache(layer, q, k, v, rotary, {place(p, q_norm), place(p, k_norm), eps}); },
+            "layer"_a, "q"_a, "k"_a, "v"_a, nb::kw_only(), "rotary"_a, "q_norm"_a = nb::list(), "k_norm"_a = nb::list(),
+            "eps"_a = 0.0f, "q_norm, k_norm: of each rank, weights (head_dim) that every head is normed with.")
+        .def(
+            "add_attend",
+            [](Program& p, int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst, float scale,
+               std::optional<size_t> window) {
+                p.add_attend(layer, q, std::move(kv_of_head), scale, window.value_or(Program::kSeesAll), dst);
+            },
+            "layer"_a, "q"_a, "kv_of_head"_a, "dst"_a, nb::kw_only(), "scale"_a, "window"_a.none() = nb::none(),
+            "window: positions that a query sees, its own the last; None: all before it.")
+        .def(
+            "add_gated",
+            [](Program& p, int src, int up, int dst, const std::string& gate) {
+                p.add_gated(src, up, gate_named(gate), dst);
+            },
+            "src"_a, "up"_a, "dst"_a, "gate"_a = "silu")
         .def("add_with_previous", &Program::add_with_previous, "src"_a, "dst"_a)
         .def("add_select", &Program::add_select, "src"_a, "dst"_a)
         .def("finish", &Program::finish)

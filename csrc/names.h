@@ -22,6 +22,7 @@ E named(const std::array<std::string_view, N>& names, std::string_view name, con
 inline Format format_named(std::string_view name) { return named<Format>(kFormatNames, name, "format"); }
 inline Isa isa_named(std::string_view name) { return named<Isa>(kIsaNames, name, "instruction set"); }
 inline KvFormat kv_named(std::string_view name) { return named<KvFormat>(std::to_array(kKvNames), name, "KV format"); }
+inline Gate gate_named(std::string_view name) { return named<Gate>(std::to_array(kGateNames), name, "gate"); }
 inline RowClass row_class_named(std::string_view name) {
     return named<RowClass>(std::to_array(kRowClassNames), name, "class of rows");
 }

@@ -23,7 +23,7 @@ void EmbedOp::run(Program& p, Worker& worker, const Step& step) const {
                 if (token >= range.begin && token < range.end) {
                     Ops::rows(p).unpack_row(w.format, s.panels.as(), s.scales.as<float>(), local + token - range.begin,
                                             s.k_tiles, row);
-                    std::memcpy(to.row(worker.rank, m), row, w.k * sizeof(float));
+                    std::transform(row, row + w.k, to.row(worker.rank, m), [this](float x) { return x * scale; });
                 }
                 local += (range.end - range.begin + kTileN - 1) / kTileN * kTileN;
             }
@@ -39,6 +39,22 @@ void NormOp::run(Program& p, Worker& worker, const Step& step) const {
         const float* row = from.row(worker.rank, m);
         const float factor = Ops::rows(p).rms_factor(row, eps, width);
         Ops::rows(p).scale_row(row, w[worker.rank].data(), factor, width, to.row(worker.rank, m));
+    }
+}
+
+// Threads divide rows, or where those are few their columns, each finding the factors of whole rows by itself.
+void NormedOp::run(Program& p, Worker& worker, const Step& step) const {
+    const Buffer &plus = Ops::buffer(p, base), &from = Ops::buffer(p, src), &to = Ops::buffer(p, dst);
+    const size_t r = worker.rank, width = from.width[r], n_rows = Ops::n_rows(from, step);
+    const bool by_rows = n_rows >= worker.n_threads;
+    const auto [m0, m1] = by_rows ? worker.share(n_rows) : std::pair<size_t, size_t>{0, n_rows};
+    const auto [c0, c1] = by_rows ? std::pair<size_t, size_t>{0, width} : worker.share(width, kLine);
+    auto* normed = reinterpret_cast<float*>(Ops::scratch(p, worker));
+    for (size_t m = m0; m < m1 && c0 < c1; ++m) {
+        const float* row = from.row(r, m);
+        const float factor = Ops::rows(p).rms_factor(row, eps, width);
+        Ops::rows(p).scale_row(row + c0, w[r].data() + c0, factor, c1 - c0, normed);
+        Ops::rows(p).add_parts(plus.row(r, m) + c0, &normed, 1, nullptr, c1 - c0, to.row(r, m) + c0);
     }
 }
 
@@ -121,7 +137,8 @@ void LinearOp::pack_share(Program& p, const Worker& worker, Activation form, siz
         if (row < m) {  // else padding, which pack makes zero
             const float* x = from.row(r, row);
             if (input.up != Program::kNone)
-                kernels.silu_mul(x + begin, Ops::buffer(p, input.up).row(r, row) + begin, count, made + begin);
+                kernels.gate_mul(input.gate)(x + begin, Ops::buffer(p, input.up).row(r, row) + begin, count,
+                                             made + begin);
             else
                 kernels.scale_row(x + begin, input.norm[r].data() + begin, kernels.rms_factor(x, input.eps, width),
                                   count, made + begin);
@@ -170,24 +187,26 @@ void LinearOp::finish(Program& p, const Worker& worker, const Program::LinearPar
 }
 
 void ReduceOp::run(Program& p, Worker& worker, const Step& step) const {
-    const Buffer &from = Ops::buffer(p, partial), &plus = Ops::buffer(p, base), &to = Ops::buffer(p, dst);
-    const size_t r = worker.rank;
+    const Buffer &from = Ops::buffer(p, partial), &to = Ops::buffer(p, dst);
+    const size_t r = worker.rank, n_ranks = worker.n_ranks;
     const auto [c0, c1] = worker.share(to.width[r], kLine);
     if (c0 == c1) return;
-    const float* parts[kMaxRanks];
+    const float* parts[kMaxRanks + 1];  // the base, or else the first rank's, and what is added to it
+    const size_t first = base == Program::kNone ? 0 : 1;
     for (size_t m = 0; m < Ops::n_rows(from, step); ++m) {
-        for (size_t i = 0; i < worker.n_ranks; ++i) parts[i] = from.row(i, m) + c0;
-        Ops::rows(p).add_parts(plus.row(r, m) + c0, parts, worker.n_ranks, bias.empty() ? nullptr : bias[r].data() + c0,
+        if (first == 1) parts[0] = Ops::buffer(p, base).row(r, m) + c0;
+        for (size_t i = 0; i < n_ranks; ++i) parts[first + i] = from.row(i, m) + c0;
+        Ops::rows(p).add_parts(parts[0], parts + 1, first + n_ranks - 1, bias.empty() ? nullptr : bias[r].data() + c0,
                                c1 - c0, to.row(r, m) + c0);
     }
 }
 
 void GatedOp::run(Program& p, Worker& worker, const Step& step) const {
-    const Buffer &a = Ops::buffer(p, gate), &b = Ops::buffer(p, up), &to = Ops::buffer(p, dst);
+    const Buffer &a = Ops::buffer(p, src), &b = Ops::buffer(p, up), &to = Ops::buffer(p, dst);
     const size_t r = worker.rank;
     const auto [c0, c1] = worker.share(to.width[r], kLine);
     for (size_t m = 0; m < Ops::n_rows(a, step) && c0 < c1; ++m)
-        Ops::rows(p).silu_mul(a.row(r, m) + c0, b.row(r, m) + c0, c1 - c0, to.row(r, m) + c0);
+        Ops::rows(p).gate_mul(gate)(a.row(r, m) + c0, b.row(r, m) + c0, c1 - c0, to.row(r, m) + c0);
 }
 
 // Threads divide columns, so each reads what a sequence left before it replaces it.

@@ -22,12 +22,7 @@ struct Ops {
     static size_t attend_chunk(const Program& p) { return p.attend_chunk_; }
     static float* partials(Program& p, size_t rank) { return p.partials_[rank].as<float>(); }
     static Program::Cache& cache(Program& p, int layer) { return p.caches_[static_cast<size_t>(layer)]; }
-    static const float* cosines(const Program& p, size_t position) {
-        return p.cosines_.data() + position * (p.options_.head_dim / 2);
-    }
-    static const float* sines(const Program& p, size_t position) {
-        return p.sines_.data() + position * (p.options_.head_dim / 2);
-    }
+    static const RotaryTable& rotary(const Program& p, int i) { return p.rotaries_[static_cast<size_t>(i)]; }
     static size_t n_rows(const Buffer& b, const Step& s) { return b.of_outputs ? s.output_rows.size() : s.n_tokens(); }
     static RowClass row_class(const Buffer& b, const Step& s) {
         return b.of_outputs ? s.outputs_class : s.tokens_class;
@@ -36,7 +31,8 @@ struct Ops {
 
 struct EmbedOp final : Op {
     int weight, dst;
-    EmbedOp(int weight, int dst) : weight(weight), dst(dst) {}
+    float scale;
+    EmbedOp(int weight, float scale, int dst) : weight(weight), dst(dst), scale(scale) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "embed"; }
 };
@@ -48,6 +44,17 @@ struct NormOp final : Op {
     NormOp(int src, Vectors w, float eps, int dst) : src(src), dst(dst), w(std::move(w)), eps(eps) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "norm"; }
+    void list_own(MemoryMap& map) const override { list_memory(map, "vectors", w.memory); }
+};
+
+struct NormedOp final : Op {
+    int base, src, dst;
+    Vectors w;
+    float eps;
+    NormedOp(int base, int src, Vectors w, float eps, int dst)
+        : base(base), src(src), dst(dst), w(std::move(w)), eps(eps) {}
+    void run(Program&, Worker&, const Step&) const override;
+    std::string name() const override { return "normed"; }
     void list_own(MemoryMap& map) const override { list_memory(map, "vectors", w.memory); }
 };
 
@@ -109,10 +116,16 @@ struct ReduceOp final : Op {
 };
 
 struct CacheOp final : Op {
-    int layer, q, k, v;
-    CacheOp(int layer, int q, int k, int v) : layer(layer), q(q), k(k), v(v) {}
+    int layer, q, k, v, rotary;
+    Program::HeadNorms norms;
+    CacheOp(int layer, int q, int k, int v, int rotary, Program::HeadNorms norms)
+        : layer(layer), q(q), k(k), v(v), rotary(rotary), norms(std::move(norms)) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "cache"; }
+    void list_own(MemoryMap& map) const override {
+        list_memory(map, "vectors", norms.q.memory);
+        list_memory(map, "vectors", norms.k.memory);
+    }
 };
 
 struct AttendOp final : Op {
@@ -122,14 +135,17 @@ struct AttendOp final : Op {
         size_t head, count, kv_head;
     };
     std::vector<std::vector<Group>> groups;
-    AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
+    float scale;    // of the scores
+    size_t window;  // positions that a query sees, its own the last of them
+    AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, float scale, size_t window, int dst);
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "attend"; }
 };
 
 struct GatedOp final : Op {
-    int gate, up, dst;
-    GatedOp(int gate, int up, int dst) : gate(gate), up(up), dst(dst) {}
+    int src, up, dst;
+    Gate gate;
+    GatedOp(int src, int up, Gate gate, int dst) : src(src), up(up), dst(dst), gate(gate) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "gated"; }
 };

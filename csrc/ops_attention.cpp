@@ -1,6 +1,5 @@
 // The two ops of attention: rotate and remember, then attend.
 #include <algorithm>
-#include <cmath>
 
 #include "ops.h"
 
@@ -12,13 +11,19 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
     Program::Cache& cache = Ops::cache(p, layer);
     const KvFormat kv = Ops::options(p).kv;
     const size_t n_q = queries.width[r] / d, n_kv = cache.n_heads[r], n_heads = n_q + n_kv;
+    const RotaryTable& table = Ops::rotary(p, rotary);
+    const size_t half = table.dim / 2;
+    const auto turn = [&](float* head, const Vectors& norm, size_t position) {
+        if (!norm.empty())
+            Ops::rows(p).scale_row(head, norm[r].data(), Ops::rows(p).rms_factor(head, norms.eps, d), d, head);
+        Ops::rows(p).rope(head, &table.cosines[position * half], &table.sines[position * half], table.dim);
+    };
     const auto [begin, end] = worker.share(step.n_tokens() * n_heads);
     for (size_t item = begin; item < end; ++item) {
         const size_t m = item / n_heads, head = item % n_heads;
         const auto position = static_cast<size_t>(step.row_position[m]);
-        const float *c = Ops::cosines(p, position), *s = Ops::sines(p, position);
         if (head < n_q) {
-            Ops::rows(p).rope(queries.row(r, m) + head * d, c, s, d);
+            turn(queries.row(r, m) + head * d, norms.q, position);
             continue;
         }
         const size_t h = head - n_q;
@@ -26,7 +31,7 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
         const auto page = static_cast<size_t>(sequence.pages[position / kPage]);
         uint8_t* to = cache.pages[r].as() + (page * n_kv + h) * KvPage::bytes(kv, d);
         const size_t slot = position % kPage;
-        Ops::rows(p).rope(keys.row(r, m) + h * d, c, s, d);
+        turn(keys.row(r, m) + h * d, norms.k, position);
         Ops::rows(p).kv_store(kv, to, slot, d, keys.row(r, m) + h * d, values.row(r, m) + h * d);
         const bool is_last = m + 1 == static_cast<size_t>(sequence.row_begin + sequence.n_rows);
         const bool began_here = position - slot >= static_cast<size_t>(sequence.start);
@@ -34,7 +39,8 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
     }
 }
 
-AttendOp::AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst) : layer(layer), q(q), dst(dst) {
+AttendOp::AttendOp(int layer, int q, std::vector<std::vector<int>> kv_of_head, float scale, size_t window, int dst)
+    : layer(layer), q(q), dst(dst), scale(scale), window(window) {
     for (const std::vector<int>& heads : kv_of_head) {
         std::vector<Group>& runs = groups.emplace_back();
         for (size_t h = 0; h < heads.size(); ++h) {
@@ -88,11 +94,19 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const auto positions_of = [&](const Item& i) {
         return static_cast<size_t>(step.row_position[i.row + i.n_rows - 1]) + 1;  // of its last row
     };
-    const auto chunks_of = [&](const Item& i) { return (positions_of(i) + chunk - 1) / chunk; };
+    const auto first_of = [&](size_t position) { return position < window ? 0 : position + 1 - window; };
+    const auto begin_of = [&](const Item& i) {  // of the page that its first row sees first
+        return first_of(static_cast<size_t>(step.row_position[i.row])) / kPage * kPage;
+    };
+    const auto chunks_of = [&](const Item& i) {  // [first, last): what lies before them costs nothing
+        return std::pair{begin_of(i) / chunk, (positions_of(i) + chunk - 1) / chunk};
+    };
 
     size_t most_chunks = 0;
-    for (const SequenceRows& s : step.sequences)
-        most_chunks = std::max(most_chunks, (static_cast<size_t>(s.start + s.n_rows) + chunk - 1) / chunk);
+    for (const SequenceRows& s : step.sequences) {
+        const size_t first = first_of(static_cast<size_t>(s.start)) / chunk;
+        most_chunks = std::max(most_chunks, (static_cast<size_t>(s.start + s.n_rows) + chunk - 1) / chunk - first);
+    }
     const size_t few = Program::kSplitItems * worker.n_threads;
     const bool by_head = count_items(step, groups[r], false) * most_chunks < few;
     const bool is_split = most_chunks > 1 && count_items(step, groups[r], by_head) < few;
@@ -100,27 +114,30 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     AttendArgs args{};
     args.page_stride = cache.n_heads[r] * page_bytes;
     args.d = d;
-    args.scale = 1.0f / std::sqrt(static_cast<float>(d));
+    args.scale = scale;
     args.format = kv;
     args.scratch = reinterpret_cast<float*>(Ops::scratch(p, worker));
     const auto attend = [&](const Item& i, size_t c, float* partial) {
         args.pages = cache.pages[r].as() + i.kv_head * page_bytes;
         args.page_table = i.sequence->pages;
-        args.begin = c * chunk;
-        args.end = std::min(args.begin + chunk, positions_of(i));
+        args.begin = std::max(c * chunk, begin_of(i));
+        args.end = std::min((c + 1) * chunk, positions_of(i));
         args.end_ahead = is_split ? args.end : positions_of(i);  // the next chunk is this thread's too, or it is not
         args.partial = partial;
         args.n_queries = 0;
         for (size_t m = i.row; m < i.row + i.n_rows; ++m)
             for (size_t h = i.head; h < i.head + i.n_heads; ++h, ++args.n_queries) {
                 args.q[args.n_queries] = queries.row(r, m) + h * d;
-                args.n_positions[args.n_queries] = static_cast<size_t>(step.row_position[m]) + 1;
+                const auto position = static_cast<size_t>(step.row_position[m]);
+                args.first[args.n_queries] = first_of(position);
+                args.n_positions[args.n_queries] = position + 1;
             }
         Ops::rows(p).attend(args);
     };
     const auto merge = [&](const Item& i, size_t query, const float* partials) {
         float* out = to.row(r, i.row + query / i.n_heads) + (i.head + query % i.n_heads) * d;
-        Ops::rows(p).merge(partials + query * query_floats, chunks_of(i), item_floats, d, out);
+        const auto [first, last] = chunks_of(i);
+        Ops::rows(p).merge(partials + query * query_floats, last - first, item_floats, d, out);
     };
 
     size_t turn = 0, at = 0;
@@ -129,7 +146,8 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
         float* partials = args.scratch + attend_scratch_floats(d);
         each_item(step, groups[r], by_head, [&](const Item& i) {
             if (!is_mine()) return;
-            for (size_t c = 0; c < chunks_of(i); ++c) attend(i, c, partials + c * item_floats);
+            const auto [first, last] = chunks_of(i);
+            for (size_t c = first; c < last; ++c) attend(i, c, partials + (c - first) * item_floats);
             for (size_t query = 0; query < i.n_rows * i.n_heads; ++query) merge(i, query, partials);
         });
         return;
@@ -138,8 +156,9 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t stride = most_chunks * item_floats;
     each_item(step, groups[r], by_head, [&](const Item& i) {
         float* partials = shared + at++ * stride;
-        for (size_t c = 0; c < chunks_of(i); ++c)
-            if (is_mine()) attend(i, c, partials + c * item_floats);
+        const auto [first, last] = chunks_of(i);
+        for (size_t c = first; c < last; ++c)
+            if (is_mine()) attend(i, c, partials + (c - first) * item_floats);
     });
     worker.barrier();
     turn = at = 0;

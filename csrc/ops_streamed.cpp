@@ -70,9 +70,9 @@ void StreamedEmbedOp::run(Program& p, Worker& worker, const Step& step) const {
     for (size_t m = begin; m < end; ++m) {
         const auto token = static_cast<size_t>(step.tokens[m]);
         Ops::stream(p).read(*w.file_offset + token / kTileN * bytes, bytes, panel);
-        const float scale = w.panel_scale(token / kTileN);
-        Ops::rows(p).unpack_row(w.format, panel, &scale, token % kTileN, k_tiles, row);
-        std::memcpy(to.row(worker.rank, m), row, w.k * sizeof(float));
+        const float panel_scale = w.panel_scale(token / kTileN);
+        Ops::rows(p).unpack_row(w.format, panel, &panel_scale, token % kTileN, k_tiles, row);
+        std::transform(row, row + w.k, to.row(worker.rank, m), [this](float x) { return x * scale; });
     }
 }
 

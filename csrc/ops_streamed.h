@@ -32,7 +32,8 @@ struct StreamedLinearOp final : LinearOp {
 // An embedding in the file: of each token, the panel that holds its row.
 struct StreamedEmbedOp final : Op {
     int weight, dst;
-    StreamedEmbedOp(int weight, int dst) : weight(weight), dst(dst) {}
+    float scale;
+    StreamedEmbedOp(int weight, float scale, int dst) : weight(weight), dst(dst), scale(scale) {}
     void run(Program&, Worker&, const Step&) const override;
     std::string name() const override { return "embed"; }
 };

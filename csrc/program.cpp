@@ -57,9 +57,9 @@ int Program::add_weight(std::shared_ptr<Weight> weight) {
     return static_cast<int>(weights_.size()) - 1;
 }
 
-void Program::set_rope(std::vector<float> cosines, std::vector<float> sines) {
-    cosines_ = std::move(cosines);
-    sines_ = std::move(sines);
+int Program::add_rotary(RotaryTable table) {
+    rotaries_.push_back(std::move(table));
+    return static_cast<int>(rotaries_.size()) - 1;
 }
 
 Vectors Program::place(const std::vector<std::span<const float>>& parts) const {
@@ -76,15 +76,19 @@ void Program::read_from(const std::string& path, double patience_seconds) {
     stream_ = std::make_unique<FileStream>(path, patience_seconds);
 }
 
-void Program::add_embed(int weight, int dst) {
+void Program::add_embed(int weight, float scale, int dst) {
     if (weights_[static_cast<size_t>(weight)]->is_in_memory())
-        ops_.push_back(std::make_unique<EmbedOp>(weight, dst));
+        ops_.push_back(std::make_unique<EmbedOp>(weight, scale, dst));
     else
-        ops_.push_back(std::make_unique<StreamedEmbedOp>(weight, dst));
+        ops_.push_back(std::make_unique<StreamedEmbedOp>(weight, scale, dst));
 }
 
 void Program::add_norm(int src, Vectors w, float eps, int dst) {
     ops_.push_back(std::make_unique<NormOp>(src, std::move(w), eps, dst));
+}
+
+void Program::add_normed(int base, int src, Vectors w, float eps, int dst) {
+    ops_.push_back(std::make_unique<NormedOp>(base, src, std::move(w), eps, dst));
 }
 
 void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum) {
@@ -124,19 +128,23 @@ void Program::add_reduce(int partial, int base, Vectors bias, int dst) {
     ops_.push_back(std::make_unique<ReduceOp>(partial, base, std::move(bias), dst));
 }
 
-void Program::add_cache(int layer, int q, int k, int v) {
+void Program::add_cache(int layer, int q, int k, int v, int rotary, HeadNorms norms) {
     if (static_cast<size_t>(layer) != caches_.size()) throw std::invalid_argument("layers are added in order");
     Cache& cache = caches_.emplace_back();
     for (size_t r = 0; r < team_->n_ranks(); ++r)
         cache.n_heads.push_back(buffers_[static_cast<size_t>(k)].width[r] / options_.head_dim);
-    ops_.push_back(std::make_unique<CacheOp>(layer, q, k, v));
+    ops_.push_back(std::make_unique<CacheOp>(layer, q, k, v, rotary, std::move(norms)));
 }
 
-void Program::add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst) {
-    ops_.push_back(std::make_unique<AttendOp>(layer, q, std::move(kv_of_head), dst));
+void Program::add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, float scale, size_t window,
+                         int dst) {
+    if (window == 0) throw std::invalid_argument("a query sees its own position at least");
+    ops_.push_back(std::make_unique<AttendOp>(layer, q, std::move(kv_of_head), scale, window, dst));
 }
 
-void Program::add_gated(int gate, int up, int dst) { ops_.push_back(std::make_unique<GatedOp>(gate, up, dst)); }
+void Program::add_gated(int src, int up, Gate gate, int dst) {
+    ops_.push_back(std::make_unique<GatedOp>(src, up, gate, dst));
+}
 
 void Program::add_with_previous(int src, int dst) {
     std::vector<NodeMemory> of_slots, of_pages;

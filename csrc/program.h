@@ -2,9 +2,10 @@
 //
 // Built once (the add_* calls, in order), then run with step(): one call a step, nothing allocated in it. Activations
 // are float32; `x` of every rank is its own copy, so that no thread reads another node's memory but in `reduce` and
-// `embed`, and a row of the rotary tables in `cache`. Rows are tokens, of any mix of sequences, never padded.
+// `embed`, and a row of a rotary table in `cache`. Rows are tokens, of any mix of sequences, never padded.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -64,6 +65,12 @@ struct Vectors {
     std::span<const float> operator[](size_t rank) const { return {memory[rank].as<const float>(), width[rank]}; }
 };
 
+// Angles of a rotary embedding, of the first `dim` of a head's dimensions; the others stay as they are.
+struct RotaryTable {
+    std::vector<float> cosines, sines;  // (context, dim / 2) each, on no node in particular
+    size_t dim;
+};
+
 class Op;
 
 struct ProgramOptions {
@@ -88,20 +95,22 @@ class Program : public std::enable_shared_from_this<Program> {
     int add_weight(std::shared_ptr<Weight> weight);
     // Where the panels of weights that are not in memory lie. Throws DiskError where the file cannot be opened.
     void read_from(const std::string& path, double patience_seconds);
-    // Angles' cosines and sines, (context, head_dim / 2) each.
-    void set_rope(std::vector<float> cosines, std::vector<float> sines);
+    // A table that add_cache may name.
+    int add_rotary(RotaryTable table);
 
     // Each rank's part, copied to its node, as the add_* below take it; nothing from nothing.
     Vectors place(const std::vector<std::span<const float>>& parts) const;
 
-    // dst = row `token` of the weight (which is cut by outputs over the ranks).
-    void add_embed(int weight, int dst);
+    // dst = scale * row `token` of the weight (which is cut by outputs over the ranks).
+    void add_embed(int weight, float scale, int dst);
     void add_norm(int src, Vectors w, float eps, int dst);
+    // dst = base + the norm of src.
+    void add_normed(int base, int src, Vectors w, float eps, int dst);
     struct LinearPart {
         int weight, dst;
         Vectors bias;  // empty: none
     };
-    // What is multiplied: rows of src; with a norm's weights, their norm; with `up`, silu(src) * up. Made while the
+    // What is multiplied: rows of src; with a norm's weights, their norm; with `up`, gate(src) * up. Made while the
     // rows are brought into the kernel's form, so that it takes no pass and no barrier of its own.
     static constexpr int kNone = -1;
     struct LinearInput {
@@ -109,6 +118,7 @@ class Program : public std::enable_shared_from_this<Program> {
         Vectors norm = {};  // empty: none
         float eps = 0;
         int up = kNone;
+        Gate gate = Gate::silu;
     };
     // What is done with the outputs of the only part, where one rank has all inputs: dst = base + outputs + bias.
     struct LinearSum {
@@ -118,14 +128,20 @@ class Program : public std::enable_shared_from_this<Program> {
     // dst = input W^T + bias for each part, the input read once. dst may be kLogits: the ranks' outputs side by side.
     static constexpr int kLogits = -1;
     void add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum);
-    // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank.
+    // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank. base may be kNone.
     void add_reduce(int partial, int base, Vectors bias, int dst);
-    // Rotates q and k by their positions; writes k and v to the layer's cache.
-    void add_cache(int layer, int q, int k, int v);
-    // dst = softmax attention of q over the layer's cache. Query head h of a rank reads its KV head
-    // kv_of_head[rank][h].
-    void add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, int dst);
-    void add_gated(int gate, int up, int dst);  // silu(gate) * up
+    // Weights (head_dim) of the norms that every head of q and of k goes through before it is rotated.
+    struct HeadNorms {
+        Vectors q = {}, k = {};  // empty: none
+        float eps = 0;
+    };
+    // Norms and rotates q and k by their positions; writes k and v to the layer's cache.
+    void add_cache(int layer, int q, int k, int v, int rotary, HeadNorms norms);
+    static constexpr size_t kSeesAll = std::numeric_limits<size_t>::max();
+    // dst = softmax attention of q over the layer's cache, scores times `scale`. Query head h of a rank reads its KV
+    // head kv_of_head[rank][h], and sees `window` positions, the last of which is its own.
+    void add_attend(int layer, int q, std::vector<std::vector<int>> kv_of_head, float scale, size_t window, int dst);
+    void add_gated(int src, int up, Gate gate, int dst);  // gate(src) * up
     // dst = [src of the token before | src]; the first token of a sequence has zeros before it. The last kKeptRows rows
     // of a sequence are kept with its slot, so that it may go back by fewer; a full page's last row is kept with the
     // page, where whoever goes on from that page finds it.
@@ -192,7 +208,7 @@ class Program : public std::enable_shared_from_this<Program> {
     std::mutex turn_;  // held by the caller of step
     std::vector<Buffer> buffers_;
     std::vector<std::shared_ptr<Weight>> weights_;
-    std::vector<float> cosines_, sines_;
+    std::vector<RotaryTable> rotaries_;
     std::vector<Cache> caches_;
     std::vector<std::unique_ptr<Op>> ops_;
     std::vector<NodeMemory> packed_;                // per rank: activations as the linear kernels want them

@@ -63,7 +63,7 @@ class Chain:
         k, n = whole(x.shape[1]), whole(self.n_out)
         rows, hidden, partial, nothing, total = (buffer(c) for c in (k, cut, n, n, n))
         chosen = buffer(n, of_outputs=True)
-        self.program.add_embed(self._weight(x, "f32", whole(len(x)), k), rows)
+        self.program.add_embed(self._weight(x, "f32", whole(len(x)), k), 1.0, rows)
         self.program.add_linear(rows, [(self._weight(first, formats[0], cut, k), hidden, [])])
         self.program.add_linear(hidden, [(self._weight(second, formats[1], n, cut), partial, [])])
         self.program.add_reduce(partial, nothing, [], total)

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fourfold.config import ModelConfig, RopeScaling
+from fourfold.config import LinearScaling, LongRope, ModelConfig, RopeScaling
 
 F64 = NDArray[np.float64]
 
@@ -29,31 +29,56 @@ def forward(
     def w(name: str) -> F64:
         return np.asarray(tensors[name]).astype(np.float64)
 
-    block = yuan_layer if config.model_type == "yuan" else llama_layer
-    cos, sin = rotary_tables(config, len(ids), rope_angles)
+    block = {"yuan": yuan_layer, "gemma3": gemma3_layer}.get(config.model_type, llama_layer)
     embedding = w("model.embed_tokens.weight")
-    x = embedding[np.asarray(ids)]  # (T, C)
+    x = embedding[np.asarray(ids)] * config.embed_scale  # (T, C)
     for i in range(config.n_layers):
-        x = block(config, lambda name, i=i: w(f"model.layers.{i}.{name}"), x, cos, sin)
-    x = rms_norm(x, w("model.norm.weight"), config.norm_eps)
+        cos, sin = rotary_tables(config, len(ids), rope_angles, is_local=config.window(i) is not None)
+        x = block(config, lambda name, i=i: w(f"model.layers.{i}.{name}"), x, cos, sin, config.window(i))
+    x = rms_norm(x, w("model.norm.weight") + (config.model_type == "gemma3"), config.norm_eps)
     return x @ (embedding if config.tie_embeddings else w("lm_head.weight")).T
 
 
-def llama_layer(config: ModelConfig, w: Any, x: F64, cos: F64, sin: F64) -> F64:
-    """Llama, and Qwen2 where `qkv_bias` is set."""
+def llama_layer(config: ModelConfig, w: Any, x: F64, cos: F64, sin: F64, window: int | None) -> F64:
+    """Llama, Mistral; Qwen2 where `qkv_bias` is set; Qwen3 with normed heads; Phi-3 with stacked matrices."""
     u = rms_norm(x, w("input_layernorm.weight"), config.norm_eps)
-    q, k, v = (u @ w(f"self_attn.{p}_proj.weight").T for p in "qkv")
+    if config.model_type == "phi3":
+        heads = np.cumsum([config.n_heads, config.n_kv_heads]) * config.head_dim
+        q, k, v = np.split(u @ w("self_attn.qkv_proj.weight").T, heads, axis=1)
+    else:
+        q, k, v = (u @ w(f"self_attn.{p}_proj.weight").T for p in "qkv")
     if config.qkv_bias:
         q, k, v = (y + w(f"self_attn.{p}_proj.bias") for y, p in zip((q, k, v), "qkv", strict=True))
-    q = rotate(q.reshape(len(x), config.n_heads, -1), cos, sin)
-    k = rotate(k.reshape(len(x), config.n_kv_heads, -1), cos, sin)
-    x = x + attention(q, k, v.reshape(len(x), config.n_kv_heads, -1)) @ w("self_attn.o_proj.weight").T
+    q, k, v = (y.reshape(len(x), -1, config.head_dim) for y in (q, k, v))
+    if config.model_type == "qwen3":
+        q, k = (rms_norm(y, w(f"self_attn.{p}_norm.weight"), config.norm_eps) for y, p in ((q, "q"), (k, "k")))
+    seen = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, window)
+    x = x + seen @ w("self_attn.o_proj.weight").T
     u = rms_norm(x, w("post_attention_layernorm.weight"), config.norm_eps)
-    hidden = silu(u @ w("mlp.gate_proj.weight").T) * (u @ w("mlp.up_proj.weight").T)
-    return x + hidden @ w("mlp.down_proj.weight").T
+    if config.model_type == "phi3":
+        gate, up = np.split(u @ w("mlp.gate_up_proj.weight").T, 2, axis=1)
+    else:
+        gate, up = u @ w("mlp.gate_proj.weight").T, u @ w("mlp.up_proj.weight").T
+    return x + (silu(gate) * up) @ w("mlp.down_proj.weight").T
 
 
-def yuan_layer(config: ModelConfig, w: Any, x: F64, cos: F64, sin: F64) -> F64:
+def gemma3_layer(config: ModelConfig, w: Any, x: F64, cos: F64, sin: F64, window: int | None) -> F64:
+    """Gemma 3: norms before and behind both parts, all of whose weights are kept as differences from 1."""
+
+    def norm(y: F64, name: str) -> F64:
+        return rms_norm(y, 1 + w(f"{name}.weight"), config.norm_eps)
+
+    u = norm(x, "input_layernorm")
+    q, k, v = ((u @ w(f"self_attn.{p}_proj.weight").T).reshape(len(x), -1, config.head_dim) for p in "qkv")
+    q, k = rotate(norm(q, "self_attn.q_norm"), cos, sin), rotate(norm(k, "self_attn.k_norm"), cos, sin)
+    seen = attention(q, k, v, window, config.attention_scale)
+    x = x + norm(seen @ w("self_attn.o_proj.weight").T, "post_attention_layernorm")
+    u = norm(x, "pre_feedforward_layernorm")
+    hidden = gelu_tanh(u @ w("mlp.gate_proj.weight").T) * (u @ w("mlp.up_proj.weight").T)
+    return x + norm(hidden @ w("mlp.down_proj.weight").T, "post_feedforward_layernorm")
+
+
+def yuan_layer(config: ModelConfig, w: Any, x: F64, cos: F64, sin: F64, window: int | None) -> F64:
     """Yuan 2.0: a filter over time in front of q and k, whose rows lie interleaved; SiLU on `up_proj`."""
     heads, d = config.n_heads, config.head_dim
     u = rms_norm(x, w("input_layernorm.weight"), config.norm_eps)
@@ -77,32 +102,41 @@ def silu(x: F64) -> F64:
     return x / (1 + np.exp(-x))
 
 
+def gelu_tanh(x: F64) -> F64:
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def filter_over_time(x: F64, weight: F64, bias: F64) -> F64:
     """y[t] = W[..., 0] x[t-1] + W[..., 1] x[t] + b with x[-1] = 0; weight (N, C, 2, 1)."""
     previous = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
     return previous @ weight[:, :, 0, 0].T + x @ weight[:, :, 1, 0].T + bias
 
 
-def attention(q: F64, k: F64, v: F64) -> F64:
-    """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H·D); query head h reads key head h // (H/G)."""
+def attention(q: F64, k: F64, v: F64, window: int | None = None, scale: float | None = None) -> F64:
+    """Causal softmax attention: q (T, H, D), k and v (T, G, D) -> (T, H·D); query head h reads key head h // (H/G).
+
+    `window`: positions that a token sees, its own the last; `scale`: of the scores, D^-1/2 where there is none.
+    """
     t, heads, d = q.shape
     k, v = (np.repeat(y, heads // y.shape[1], axis=1) for y in (k, v))
-    scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(d)
-    scores[:, np.triu(np.ones((t, t), dtype=bool), 1)] = -np.inf
+    scores = np.einsum("qhd,khd->hqk", q, k) * (d**-0.5 if scale is None else scale)
+    back = np.arange(t)[:, None] - np.arange(t)
+    scores[:, (back < 0) | (back >= (window or t))] = -np.inf
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     return np.einsum("hqk,khd->qhd", p, v).reshape(t, heads * d)
 
 
 def rotate(x: F64, cos: F64, sin: F64) -> F64:
-    """Rotary embedding of x (T, H, D), dimension i paired with i + D/2; cos and sin (T, D/2)."""
-    a, b = np.split(x, 2, axis=-1)
+    """Rotary embedding of the first R dimensions of x (T, H, D), i paired with i + R/2; cos and sin (T, R/2)."""
+    r = cos.shape[-1]
+    a, b, rest = np.split(x, [r, 2 * r], axis=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def rotary_tables(config: ModelConfig, t: int, rope_angles: str) -> tuple[F64, F64]:
-    """cos and sin (T, D/2) of positions 0..T-1; frequency i is theta^(-2i/D), in float32.
+def rotary_tables(config: ModelConfig, t: int, rope_angles: str, is_local: bool = False) -> tuple[F64, F64]:
+    """cos and sin (T, R/2) of positions 0..T-1; frequency i is theta^(-2i/R), in float32.
 
     "f32": angle = position · frequency in float32.
     "bf16": what the published Yuan code does in a model cast to bfloat16; every step rounds, to nearest even:
@@ -110,11 +144,19 @@ def rotary_tables(config: ModelConfig, t: int, rope_angles: str) -> tuple[F64, F
     Leaving out any one of the four roundings (the last one least) misses golden/yuan-d128-bf16angles: without it the
     logits are off by 7e-2, without another by 3 to 7, with all of them by 9e-5.
     """
-    d = config.head_dim
+    d, size = config.rotary_dim or config.head_dim, np.float32(1)
+    theta, s = config.rope_theta, config.rope_scaling
+    if is_local and config.local_rope_theta is not None:
+        theta, s = config.local_rope_theta, None
     exponents = np.arange(0, d, 2, dtype=np.float32) / np.float32(d)
-    frequencies = np.float32(1) / np.power(np.float32(config.rope_theta), exponents)
-    if config.rope_scaling:
-        frequencies = scaled(frequencies, config.rope_scaling)
+    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
+    if isinstance(s, LinearScaling):
+        frequencies = frequencies / np.float32(s.factor)
+    elif isinstance(s, LongRope):
+        factors = s.short if t <= s.original_context else s.long
+        frequencies, size = frequencies / np.array(factors, np.float32), np.float32(s.attention_factor)
+    elif s:
+        frequencies = scaled(frequencies, s)
     positions = np.arange(t, dtype=np.float32)
     if rope_angles == "bf16":
         angles = bf16(np.outer(bf16(positions), bf16(frequencies)))
@@ -122,7 +164,7 @@ def rotary_tables(config: ModelConfig, t: int, rope_angles: str) -> tuple[F64, F
     else:
         angles = np.outer(positions, frequencies)
         cos, sin = np.cos(angles), np.sin(angles)
-    return cos.astype(np.float64), sin.astype(np.float64)
+    return (cos * size).astype(np.float64), (sin * size).astype(np.float64)
 
 
 def bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 import fourbit_writers as writers
 from fourbit_writers import Written
-from fourfold.checkpoint import Source, open_source
+from fourfold.checkpoint import Source, check_complete, open_source
 from fourfold.checkpoint.coded import CodedTensor
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.format import CODEBOOKS
+from fourfold.models import weight_specs
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
 SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Written], tuple[str, ...]]] = {
@@ -224,7 +225,6 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(rotation="hadamard"), "rotation: fourfold does not know this key"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), r"q_proj.g_idx deals the inputs out .*\(desc_act\)"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: t[:-1]), "g_idx should be int32"),
-    ("GPTQ", tensor(f"{MODULE}.qzeros", lambda t: np.full_like(t, -1)), "zero point 16, which is not one of 4 bits"),
     ("GPTQ", tensor(f"{MODULE}.qzeros", lambda t: t[:, :-1]), "qzeros should be int32"),
     ("GPTQ", tensor(f"{MODULE}.qweight", lambda t: t[:, :-1]), "is no packed matrix"),
     ("GPTQ", tensor(f"{MODULE}.qweight", lambda t: t.astype(np.int64)), "qweight should be int32"),
@@ -268,6 +268,37 @@ def test_what_is_not_read_is_refused_by_name(scheme: str, change: Change, senten
     with pytest.raises((CheckpointError, UnsupportedError), match=sentence) as refusal:
         open_source(changed(path, change))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_bias_that_the_model_does_not_have_may_be_there_if_it_is_zero(value: int, tmp_path: Path) -> None:
+    path, meant = writers.checkpoint(tmp_path / "model", writers.gptq_config(), writers.gptq)
+    changed(path, lambda q, t: t.update({f"{MODULE}.bias": np.full(128, value, np.float16)}))
+    with open_source(path) as source:
+        if value == 0:
+            assert source.tensors.keys() == meant.keys()
+            check_complete(weight_specs(source.config), source)
+        else:
+            with pytest.raises(CheckpointError, match=r"holds the tensor .*q_proj.bias, which a llama model does not"):
+                check_complete(weight_specs(source.config), source)
+
+
+def test_a_zero_point_of_16_is_refused(tmp_path: Path) -> None:
+    path, _ = writers.checkpoint(tmp_path / "model", writers.gptq_config(), writers.gptq)
+    changed(path, tensor(f"{MODULE}.qzeros", lambda t: np.full_like(t, -1)))
+    with (
+        open_source(path) as source,
+        pytest.raises(UnsupportedError, match=r"zero point 16, which is not one of 4 bits"),
+    ):
+        coded(source, Q).formats  # noqa: B018
+
+
+def test_opening_reads_no_codes(tmp_path: Path) -> None:
+    """What is large stays on disk until it is asked for."""
+    path, _ = writers.checkpoint(tmp_path / "model", writers.awq_config(), writers.awq)
+    with open_source(path) as source:
+        (file,) = source._files
+        assert sum(stop - start for start, stop in file.take_reads()) < 1 << 16
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -260,8 +260,8 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a size that is text": lambda c: c["model"].update(dim="128"),
     "a size that is true": lambda c: c["model"].update(n_kv_heads=True),
     "eos": lambda c: c["model"].update(eos_ids=["</s>"]),
-    "scaling": lambda c: c["model"].update(rope_scaling={"factor": 8}),
-    "unknown field": lambda c: c["model"].update(sliding_window=4096),
+    "scaling": lambda c: c["model"].update(rope_scaling={"factor": 8, "low_freq_factor": 1}),
+    "unknown field": lambda c: c["model"].update(attention_sinks=4096),
     "missing field": lambda c: c["model"].pop("rope_theta"),
     "architecture": lambda c: c["model"].update(model_type="../evil"),
     "missing weight": lambda c: c["weights"].pop("layers.0.q"),
@@ -289,6 +289,19 @@ SENSELESS: dict[str, tuple[dict[str, Any], str]] = {
     "Yuan with a head": ({"model_type": "yuan", "n_kv_heads": 4}, "its head is the embedding"),
 }
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 32}
+LONG = {"short": [1.0] * 16, "long": [2.0] * 16, "original_context": 32, "attention_factor": 1.0}
+SENSELESS |= {
+    "no window": ({"sliding_window": 0}, "sliding_window is 0, and must be from 1"),
+    "global layers every -1": ({"global_every": -1}, "global_every is -1, and must be from 0"),
+    "no scale": ({"embed_scale": 0.0}, "embed_scale is 0.0, and must be a positive number"),
+    "a negative scale": ({"attention_scale": -1.0}, "attention_scale is -1.0, and must be a positive number"),
+    "no angles": ({"local_rope_theta": 0}, "local_rope_theta is 0, and must be a positive number"),
+    "an odd part": ({"rotary_dim": 7}, "7 of 32 dimensions are to be rotated, which must be an even number of them"),
+    "more than all": ({"rotary_dim": 34}, "34 of 32 dimensions are to be rotated"),
+    "too few factors": ({"rope_scaling": LONG | {"long": [2.0] * 7}}, "has 7 factors for 16 frequencies"),
+    "no factor": ({"rope_scaling": LONG | {"short": [0.0] * 16}}, r"short\[0\] is 0.0, and must be a positive number"),
+    "linear": ({"rope_scaling": {"factor": -2.0}}, "factor is -2.0, and must be a positive number"),
+}
 SENSELESS |= {
     f"scaling: {field} {value}": ({"rope_scaling": SCALING | {field: value}}, message)
     for field, value, message in [

@@ -47,7 +47,7 @@ def test_a_layer_of_llama_in_fewest_ops() -> None:
         "layers.0.attention_norm", None, "layers.0.mlp_norm", None, "norm",
     ]  # fmt: skip
     assert [op.sums for op in (qkv, o, gate_up, down, head)] == [False, True, False, True, False]
-    assert [op.gated for op in (qkv, o, gate_up, down, head)] == [False, False, False, True, False]
+    assert [op.gate for op in (qkv, o, gate_up, down, head)] == [None, None, None, "silu", None]
 
 
 def test_over_ranks_the_sums_stay() -> None:

@@ -166,7 +166,12 @@ def test_other_scaling_is_refused(tmp_path: Path, stored: np.ndarray, error: typ
         ({"llama.rope.scale_linear": 4.0}, r"rope\.scale_linear"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count to 8"),
         ({"llama.attention.value_length": 8}, r"attention\.value_length"),
-        ({"llama.attention.sliding_window": 64}, r"attention\.sliding_window"),
+        (
+            {"general.architecture": "mistral3"},
+            "architecture 'mistral3' is not supported in GGUF; fourfold reads llama",
+        ),
+        ({"general.architecture": "clip"}, "'clip'"),
+        ({"general.type": "mmproj"}, r"general\.type to 'mmproj'"),
         ({"llama.logit_scale": 2.0}, "logit_scale"),
         ({"tokenizer.ggml.pre": "klingon"}, "pre-tokenizer 'klingon'"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer 't5'"),

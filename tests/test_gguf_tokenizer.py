@@ -12,7 +12,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 import tiny
+from fourfold.chat_template import ChatTemplate
 from fourfold.checkpoint import open_source
+from fourfold.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
+from fourfold.tokenizer import Tokenizer as OurTokenizer
 
 TRICKY = "It's 2024, don't  you\tknow?\r\n\n  naïve café — 北京 🙂 x=3.14159;\n\tHE'LL "
 
@@ -42,7 +45,7 @@ def test_smollm2s_prompts(shared: Path, smollm2: Path) -> None:
     assert about["chat_template"].startswith("{% for message in messages %}")
 
 
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_pre_tokenizer_loses_nothing(tmp_path: Path, pre: str) -> None:
     library = byte_level(tmp_path / "model.gguf", pre=pre)
     assert library.decode(library.encode(TRICKY).ids) == TRICKY
@@ -55,6 +58,9 @@ def test_every_pre_tokenizer_loses_nothing(tmp_path: Path, pre: str) -> None:
         ("smollm", ["ab", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġ!?", "Ċ", "Ċ", "'", "LL"]),
         ("qwen2", ["ab", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġ!?ĊĊ", "'LL"]),
         ("llama-bpe", ["ab", "'s", "Ġ", "123", "45", "Ġ", "Ġ!?ĊĊ", "'LL"]),
+        ("dbrx", ["ab", "'s", "Ġ", "123", "45", "Ġ", "Ġ!?ĊĊ", "'LL"]),
+        ("gpt-4o", ["ab's", "Ġ", "123", "45", "Ġ", "Ġ!?ĊĊ", "'LL"]),
+        ("tekken", ["ab", "'s", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġ!?ĊĊ", "'LL"]),
     ],
 )
 def test_how_each_pre_tokenizer_cuts(tmp_path: Path, pre: str, pieces: list[str]) -> None:
@@ -151,3 +157,63 @@ def test_sentencepiece_without_a_space_in_front(tmp_path: Path) -> None:
     for prefix, expected in ((True, [261, 261]), (False, [260, 261])):
         found = files(tmp_path / "model.gguf", config, **common, add_space_prefix=prefix)
         assert SentencePieceProcessor(model_proto=found["tokenizer.model"]).encode("a a") == expected
+
+
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "\n"]
+
+
+def turns(
+    path: Path, model_type: str, template: str, *marks: str, **metadata: Any
+) -> tuple[OurTokenizer, ChatTemplate]:
+    """A SentencePiece tokenizer as a GGUF file of that model has it, with `marks` as control tokens behind PIECES."""
+    config = {
+        "llama": tiny.CONFIG,
+        "gemma3_text": tiny.CONFIG | {"model_type": "gemma3_text", "rms_norm_eps": 1e-6},
+        "phi3": tiny.CONFIG | {"model_type": "phi3"},
+    }[model_type] | {"tie_word_embeddings": True}
+    kinds = [TokenType.CONTROL] * 3 + [TokenType.UNKNOWN] + [TokenType.BYTE] * 256 + [TokenType.NORMAL] * 5
+    n = len(PIECES)
+    about = {
+        "model": "llama", "pre": "default", "tokens": [*PIECES, *marks], "merges": None,
+        "scores": [0.0] * 260 + [-9.0, -3.0, -3.0, -2.0, -1.0] + [-1000.0] * len(marks),
+        "token_type": [int(kind) for kind in kinds] + [int(TokenType.CONTROL)] * len(marks),
+        "bos_token_id": 2, "eos_token_id": 1, "padding_token_id": 0, "unknown_token_id": 3, "eot_token_id": n + 1,
+    } | metadata  # fmt: skip
+    keys = {f"tokenizer.ggml.{key}": value for key, value in about.items()} | {"tokenizer.chat_template": template}
+    keys |= {"gemma3.attention.sliding_window": 16} if model_type == "gemma3_text" else {}
+    with open_source(tiny.write_gguf(path / "m.gguf", config, tiny.tensors(config), metadata=keys)) as source:
+        assert source.config.eos_ids == (1, n + 1)
+        for name, content in source.tokenizer_files.items():
+            assert isinstance(content, bytes)
+            (path / name).write_bytes(content)
+    template_of = ChatTemplate.from_directory(path)
+    assert template_of is not None
+    return OurTokenizer.from_directory(path), template_of
+
+
+def test_the_turns_of_gemma(tmp_path: Path) -> None:
+    """In the manner of its own: a text begins without a space, and a line's end is a token."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>a\n' }}{% endif %}"
+    )
+    marks = ("<start_of_turn>", "<end_of_turn>")
+    tokenizer, chat = turns(tmp_path, "gemma3_text", template, *marks, add_space_prefix=False)
+    prompt = chat.render([{"role": "b", "content": "a a"}])
+    n = len(PIECES)
+    a, b, with_space, line = (PIECES.index(piece) for piece in ("a", "b", "▁a", "\n"))
+    expected = [2, n, b, line, a, with_space, n + 1, line, n, a, line]
+    assert tokenizer.encode(prompt, add_special_tokens=False) == expected
+    assert tokenizer.encode("a a") == [2, a, with_space]
+    assert tokenizer.decode(expected) == "b\na a\na\n"
+
+
+def test_the_turns_of_phi3_drop_the_lines_ends_between_them(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}{% endfor %}"
+    marks = ("<|user|>", "<|end|>", "<|assistant|>")
+    tokenizer, chat = turns(tmp_path, "phi3", template, *marks)
+    n, with_space = len(PIECES), PIECES.index("▁a")
+    prompt = chat.render([{"role": "user", "content": "a"}])
+    assert tokenizer.encode(prompt, add_special_tokens=False) == [n, with_space, n + 1, n + 2]
+    llama, _ = turns(tmp_path, "llama", template, *marks)
+    assert len(llama.encode(prompt, add_special_tokens=False)) > 4

@@ -408,3 +408,18 @@ def test_shapes_can_all_be_cut_or_say_why_not() -> None:
         assert work_of(shape, min(4, config.n_heads)).n_layers == config.n_layers
     with pytest.raises(UnsupportedError, match="attention heads"):
         work_of("smollm2-135m", 10)
+
+
+def test_a_layer_with_a_window_reads_no_more_than_it() -> None:
+    """Of Gemma 3's 26 layers four see everything, 22 see 511 others."""
+    windowed, whole = work_of("gemma3-1b", 1), work_of("gemma3-1b", 1, sliding_window=None)
+    assert windowed.seen(100) == whole.seen(100) == 26 * 100
+    assert (windowed.seen(8000), whole.seen(8000)) == (4 * 8000 + 22 * 511, 26 * 8000)
+    local, some, all_global = (
+        [
+            Clock(SERVER, SERVER.place(1), work_of("gemma3-1b", 1, **change)).decode(position).kv
+            for position in (8000, 16000)
+        ]
+        for change in ({"global_every": 0}, {}, {"sliding_window": None})
+    )
+    assert local[0] == local[1] < some[0] < some[1] < all_global[1]

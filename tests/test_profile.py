@@ -22,7 +22,7 @@ from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.llm import LLM
-from fourfold.profile import MARK, PHASES, Profile
+from fourfold.profile import MARK, PHASES, Profile, Work
 from fourfold.trace_file import write_trace
 from scripted import TEMPLATE, byte_tokenizer
 from test_team import chain
@@ -51,6 +51,19 @@ def feed(engine: Engine, *sizes: int) -> list[Any]:
     logits = [engine.extend(sequence, list(range(n))) for n in sizes]
     engine.free(sequence)
     return logits
+
+
+# ---- what a step has to do
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 8, 30])
+@pytest.mark.parametrize(("tokens", "start"), [(1, 0), (1, 20), (6, 0), (6, 3), (6, 7), (6, 20)])
+def test_what_rows_see_through_a_window(tokens: int, start: int, window: int | None) -> None:
+    seen = [range(max(0, p + 1 - window) if window else 0, p + 1) for p in range(start, start + tokens)]
+    work = Work.of_step(tokens, 1, start, window)
+    assert work.local_seen == sum(map(len, seen))
+    assert work.local_positions == len({position for row in seen for position in row})
+    assert (work.positions, work.seen) == (start + tokens, sum(p + 1 for p in range(start, start + tokens)))
 
 
 # ---- marks

@@ -64,7 +64,7 @@ def test_rotary_embedding(isa: str, d: int) -> None:
 
 @by_isa
 @pytest.mark.parametrize("n", SIZES)
-def test_gated_activation(isa: str, n: int) -> None:
+def test_silu_gate(isa: str, n: int) -> None:
     b = numbers(n, seed=1)
     for a in (
         numbers(n) * 3,
@@ -74,10 +74,34 @@ def test_gated_activation(isa: str, n: int) -> None:
         -(numbers(n) ** 2),
     ):
         y = np.empty(n, np.float32)
-        _core.silu_mul(isa, a, b, y)
+        _core.gate_mul(isa, "silu", a, b, y)
         wide = a.astype(np.float64)
         expected = wide / (1 + np.exp(np.minimum(-wide, 700))) * b
         close(y, expected, 8 * EPS * abs(expected) + E_87 * (1 + abs(wide * b)))
+
+
+@by_isa
+@pytest.mark.parametrize("n", SIZES)
+def test_gelu_gate(isa: str, n: int) -> None:
+    """gelu(a) = a sigmoid(s): s is rounded some four times, and exp(-|s|) is off by |s| times as much, relatively."""
+    b = numbers(n, seed=1)
+    for a in (
+        numbers(n) * 3,
+        numbers(n) * 40,
+        numbers(n) * np.float32(1e4),
+        numbers(n) * np.float32(1e20),
+        np.zeros(n, np.float32),
+        -(numbers(n) ** 2),
+    ):
+        y = np.empty(n, np.float32)
+        _core.gate_mul(isa, "gelu_tanh", a, b, y)
+        wide = a.astype(np.float64)
+        s = np.sqrt(8 / np.pi) * (wide + 0.044715 * wide**3)
+        expected = wide / (1 + np.exp(np.minimum(-s, 700))) * b
+        off = (8 + 4 * np.minimum(abs(s), 87)) * EPS
+        close(y, expected, off * abs(expected) + E_87 * (1 + abs(wide * b)))
+    with pytest.raises(ValueError, match="unknown gate: relu"):
+        _core.gate_mul(isa, "relu", b, b, b)
 
 
 @by_isa
@@ -107,24 +131,38 @@ def as_stored(x: Floats, kv: str) -> NDArray[np.float64]:
     return x.astype(np.float64)
 
 
-def attend(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int], chunk: int = 128) -> Floats:
+def attend(
+    isa: str,
+    kv: str,
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    seen: list[int],
+    chunk: int = 128,
+    first: list[int] | None = None,
+) -> Floats:
+    """Of queries that see positions first[i] .. seen[i] - 1; from the first on where there is no `first`."""
+    begin = np.array(first or [0] * len(seen), np.int32)
     out = np.full(q.shape, np.nan, np.float32)
-    _core.attend(isa, kv, q, k, v, np.array(seen, np.int32), chunk, out)
+    _core.attend(isa, kv, q, k, v, begin, np.array(seen, np.int32), chunk, out)
     return out
 
 
-def check_attention(isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int]) -> None:
-    d, out = q.shape[1], attend(isa, kv, q, k, v, seen)
-    keys, values = as_stored(k, kv), as_stored(v, kv)
+def check_attention(
+    isa: str, kv: str, q: Floats, k: Floats, v: Floats, seen: list[int], first: list[int] | None = None
+) -> None:
+    d, out = q.shape[1], attend(isa, kv, q, k, v, seen, first=first)
     for i, n in enumerate(seen):
+        begin = first[i] if first else 0
+        keys, values = as_stored(k, kv)[begin:n], as_stored(v, kv)[begin:n]
         query, scale = q[i].astype(np.float64), 1 / np.sqrt(d)
         rounding = BF16 if kv == "bf16" else 0  # of queries and of softmax weights
-        scores = keys[:n] @ query * scale
-        score_error = (EPS * (d + 8) + rounding) * (np.abs(keys[:n]) @ np.abs(query)).max() * scale
+        scores = keys @ query * scale
+        score_error = (EPS * (d + 8) + rounding) * (np.abs(keys) @ np.abs(query)).max() * scale
         p = np.exp(scores - scores.max())
         p /= p.sum()
-        size = p @ np.abs(values[:n])
-        close(out[i], p @ values[:n], size * (np.expm1(2 * score_error) + rounding + EPS * (n + 32)))
+        size = p @ np.abs(values)
+        close(out[i], p @ values, size * (np.expm1(2 * score_error) + rounding + EPS * (n + 32)))
 
 
 @by_isa
@@ -144,6 +182,36 @@ def test_queries_that_share_keys_each_see_their_own_positions(isa: str, data: st
     t = data.draw(st.integers(1, 200))
     seen = sorted(data.draw(st.lists(st.integers(1, t), min_size=1, max_size=16)))
     check_attention(isa, kv, numbers(len(seen), d), numbers(t, d, seed=1), numbers(t, d, seed=2), seen)
+
+
+@by_isa
+@given(st.data())
+@settings(max_examples=60)
+def test_queries_with_a_window_each_see_the_end_of_what_is_before_them(isa: str, data: st.DataObject) -> None:
+    kv, d = data.draw(st.sampled_from(["f32", "bf16", "int8"])), data.draw(st.sampled_from(HEAD_DIMS))
+    t, window = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 200))
+    seen = sorted(data.draw(st.lists(st.integers(1, t), min_size=1, max_size=16)))
+    first = [max(0, n - window) for n in seen]
+    q, k, v = numbers(len(seen), d), numbers(t, d, seed=1), numbers(t, d, seed=2)
+    check_attention(isa, kv, q, k, v, seen, first)
+    together = attend(isa, kv, q, k, v, seen, first=first)
+    for i, n in enumerate(seen):  # the same bits alone
+        assert (attend(isa, kv, q[i : i + 1], k, v, [n], first=[first[i]]) == together[i]).all()
+
+
+@by_isa
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int8"])
+def test_what_lies_outside_a_window_is_not_even_read(isa: str, kv: str) -> None:
+    q, k, v, seen, first = (
+        numbers(3, 64),
+        numbers(700, 64, seed=1),
+        numbers(700, 64, seed=2),
+        [500, 501, 600],
+        [460] * 3,
+    )
+    whole = attend(isa, kv, q, k, v, seen, first=first)
+    k[:448], v[:448], k[640:] = np.nan, np.nan, np.nan  # whole pages: one not-a-number read would be in every answer
+    assert (attend(isa, kv, q, k, v, seen, first=first) == whole).all()
 
 
 @by_isa

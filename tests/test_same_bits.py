@@ -10,14 +10,16 @@ import fourfold._core as _core
 import numpy as np
 import pytest
 
+import tiny
 from fourfold.engine import MOST_BACK, Engine, Feed, RowClass
 from fourfold.errors import UserError
 from fourfold.kvcache import Sequence, page_keys
+from goldens import models
 
 ISAS = _core.read_machine().isas()
 Converted = Callable[[Path, str], Path]
-IDS = np.random.default_rng(0).integers(0, 512, 300).tolist()
-OTHERS = np.random.default_rng(1).integers(0, 512, (9, 300)).tolist()
+IDS = np.random.default_rng(0).integers(0, 96, 300).tolist()
+OTHERS = np.random.default_rng(1).integers(0, 96, (9, 300)).tolist()
 
 
 @pytest.fixture(params=["nf4", "bf16", "f32"])
@@ -25,9 +27,23 @@ def fmt(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Windows of 20 positions, some of which lie on two pages."""
+    folder = tmp_path_factory.mktemp("same-bits") / "gemma3"
+    return tiny.write_huggingface(folder, models.CONFIGS["gemma3"], models.weights("gemma3"))
+
+
+@pytest.fixture(params=["yuan", "gemma3"])
+def source(request: pytest.FixtureRequest) -> Path:
+    if request.param == "gemma3":
+        return Path(request.getfixturevalue("gemma3"))
+    return Path(request.getfixturevalue("shared")) / "golden" / "yuan-d64"
+
+
 @pytest.fixture(params=[1, 2])
-def engine(shared: Path, converted: Converted, fmt: str, request: pytest.FixtureRequest) -> Engine:
-    return Engine(converted(shared / "golden" / "yuan-d64", fmt), ranks=request.param)
+def engine(source: Path, converted: Converted, fmt: str, request: pytest.FixtureRequest) -> Engine:
+    return Engine(converted(source, fmt), ranks=request.param)
 
 
 def fed(
@@ -49,10 +65,10 @@ def fed(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", ["few", "many"])
 def test_pieces_and_company_change_no_bit(
-    shared: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, fmt: str, isa: str, rows: RowClass
+    source: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, fmt: str, isa: str, rows: RowClass
 ) -> None:
     monkeypatch.setenv("FOURFOLD_ISA", isa)
-    engine = Engine(converted(shared / "golden" / "yuan-d64", fmt), ranks=2)
+    engine = Engine(converted(source, fmt), ranks=2)
     n = 20 if isa == "scalar" else 150
     sizes = [[1] * n, [n], [n // 2, 1, 2, n - n // 2 - 3], [3, 5, 8, n - 16]]
     _, alone = fed(engine, sizes[0], rows)

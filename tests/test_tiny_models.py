@@ -18,34 +18,23 @@ from fourfold.conversion import convert
 from fourfold.engine import Engine
 from fourfold.format import n_panels, unpack
 from fourfold.models import weight_specs
-from fourfold.models.rows import HeadPairs, TimeConv
+from fourfold.models.rows import HeadPairs, PlusOne, Slice, TimeConv
+from goldens import models as goldens
 
 Tensors = dict[str, NDArray[Any]]
 
 # Six query heads share two key/value heads, so that two ranks of three need the same one; the feed-forward is ragged.
 HEADS = {"hidden_size": 192, "intermediate_size": 200, "num_attention_heads": 6}
-CONFIGS = {"llama": tiny.CONFIG | HEADS, "qwen2": tiny.QWEN2 | HEADS, "yuan": tiny.YUAN}
-IDS = np.random.default_rng(2).integers(0, 300, 90).tolist()  # two KV pages
+CONFIGS = {"llama": tiny.CONFIG | HEADS, "qwen2": tiny.QWEN2 | HEADS, "yuan": tiny.YUAN} | goldens.CONFIGS
+IDS = np.random.default_rng(2).integers(0, 96, 90).tolist()  # two KV pages
 N_STEPS = 70
-
-
-def random_tensors(config: dict[str, Any]) -> Tensors:
-    """Matrices and filters keep the size of what goes through them, norms are about 1, biases matter."""
-    out = {}
-    for name, values in tiny.tensors(config).items():
-        if values.ndim > 1:
-            values = values / np.sqrt(values[0].size)
-        elif "norm" in name:
-            values = 1 + values / 10
-        out[name] = values.astype(np.float32)
-    return out
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
     """A Hugging Face directory and what is in it."""
     config = CONFIGS[request.param]
-    tensors = random_tensors(config)
+    tensors = tiny.balanced(config)
     return tiny.write_huggingface(tmp_path_factory.mktemp(request.param) / "source", config, tensors), tensors
 
 
@@ -68,7 +57,7 @@ def steps(engine: Engine, ids: list[int]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_model_in_f32_is_the_reference(source: tuple[Path, Tensors], ranks: int) -> None:
     path, tensors = source
-    engine = Engine(converted(path, "f32"), ranks=ranks)
+    engine = Engine(converted(path, "f32"), ranks=ranks, context=len(IDS))
     expected = reference.forward(engine.config, tensors, IDS)
     tolerance = 1e-3 * np.abs(expected).max()
     assert np.abs(engine.logits(IDS) - expected).max() <= tolerance
@@ -90,7 +79,7 @@ def test_a_model_in_nf4_is_the_reference_on_its_unpacked_weights(source: tuple[P
     path, _ = source
     directory = converted(path, "nf4")
     isa = next(isa for isa in ("avx512", "avx2", "scalar") if isa in _core.read_machine().isas())
-    engine = Engine(directory, ranks=2, kv="f32", kernel=f"linear_nf4_f32_{isa}")
+    engine = Engine(directory, ranks=2, kv="f32", kernel=f"linear_nf4_f32_{isa}", context=len(IDS))
     expected = reference.forward(engine.config, unpacked(open_directory(directory)), IDS)
     tolerance = 1e-5 * np.abs(expected).max()
     assert np.abs(engine.logits(IDS) - expected).max() <= tolerance
@@ -111,6 +100,10 @@ def unpacked(directory: FourfoldDirectory) -> Tensors:
             if rows.which == 1:
                 both = tensors.pop("pairs").reshape(-1, rows.k)
                 tensors[rows.first], tensors[rows.second] = np.split(both, 2)
+        elif isinstance(rows, Slice):
+            tensors.setdefault(rows.name, np.empty(rows.shape, np.float32))[rows.begin : rows.begin + len(w)] = w
+        elif isinstance(rows, PlusOne):
+            tensors[rows.name] = w - 1
         else:
             (name,) = rows.names
             tensors[name] = w

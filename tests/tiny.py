@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -62,27 +62,47 @@ GGUF_NAMES = {
     "mlp.gate_proj.": "ffn_gate.",
     "mlp.up_proj.": "ffn_up.",
     "mlp.down_proj.": "ffn_down.",
+    "self_attn.q_norm.": "attn_q_norm.",
+    "self_attn.k_norm.": "attn_k_norm.",
+    "self_attn.qkv_proj.": "attn_qkv.",
+    "mlp.gate_up_proj.": "ffn_up.",
 }
+GGUF_GEMMA3_NAMES = {
+    "post_attention_layernorm.": "post_attention_norm.",
+    "pre_feedforward_layernorm.": "ffn_norm.",
+    "post_feedforward_layernorm.": "post_ffw_norm.",
+}
+GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}  # of model types that GGUF names otherwise
 
 
 def tensors(config: dict[str, Any]) -> Tensors:
-    """Every tensor of a Llama, Qwen2 or Yuan model, float32, by Hugging Face's names."""
+    """Every tensor of a model, float32, by Hugging Face's names."""
     c, rng = config, np.random.default_rng(1)
-    dim, hidden = c["hidden_size"], c["intermediate_size"]
-    kv_dim = dim // c["num_attention_heads"] * c.get("num_key_value_heads", c["num_attention_heads"])
+    dim, hidden, n_heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+    head_dim = c.get("head_dim", dim // n_heads)
+    q_dim, kv_dim = head_dim * n_heads, head_dim * c.get("num_key_value_heads", n_heads)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], dim)}
     for i in range(c["num_hidden_layers"]):
-        layer = {
+        layer: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (dim,),
-            "self_attn.q_proj.weight": (dim, dim),
+            "self_attn.q_proj.weight": (q_dim, dim),
             "self_attn.k_proj.weight": (kv_dim, dim),
             "self_attn.v_proj.weight": (kv_dim, dim),
-            "self_attn.o_proj.weight": (dim, dim),
+            "self_attn.o_proj.weight": (dim, q_dim),
             "post_attention_layernorm.weight": (dim,),
             "mlp.gate_proj.weight": (hidden, dim),
             "mlp.up_proj.weight": (hidden, dim),
             "mlp.down_proj.weight": (dim, hidden),
         }
+        if c["model_type"] == "phi3":
+            for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
+                del layer[f"{part}_proj.weight"]
+            layer["self_attn.qkv_proj.weight"] = (q_dim + 2 * kv_dim, dim)
+            layer["mlp.gate_up_proj.weight"] = (2 * hidden, dim)
+        if c["model_type"] in ("qwen3", "gemma3_text"):
+            layer |= {f"self_attn.{p}_norm.weight": (head_dim,) for p in "qk"}
+        if c["model_type"] == "gemma3_text":
+            layer |= {f"{p}_feedforward_layernorm.weight": (dim,) for p in ("pre", "post")}
         if c["model_type"] == "qwen2":
             layer |= {f"self_attn.{p}_proj.bias": (n,) for p, n in (("q", dim), ("k", kv_dim), ("v", kv_dim))}
         if c["model_type"] == "yuan":
@@ -98,6 +118,21 @@ def tensors(config: dict[str, Any]) -> Tensors:
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], dim)
     return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def balanced(config: dict[str, Any]) -> Tensors:
+    """The same, such that every one of them matters and nothing grows.
+
+    Matrices and filters keep the size of what goes through them, norms are about 1 (Gemma's as differences from it).
+    """
+    out, middle = {}, 0 if config["model_type"] == "gemma3_text" else 1
+    for name, values in tensors(config).items():
+        if values.ndim > 1:
+            values = values / np.sqrt(values[0].size)
+        elif "norm" in name:
+            values = middle + values / 10
+        out[name] = values.astype(np.float32)
+    return out
 
 
 def golden(shared: Path, name: str) -> tuple[dict[str, Any], Tensors]:
@@ -135,9 +170,10 @@ def write_gguf(
 ) -> Path:
     """A GGUF file with a byte-level BPE tokenizer; `metadata` replaces or adds keys, and None takes one away.
 
-    Matrices are stored as `kind`, vectors as float32.
+    Matrices are stored as `kind` where their rows are whole blocks of it, else as float32 as vectors are.
     """
-    arch, c = config["model_type"], config
+    c = config
+    arch = GGUF_ARCHITECTURES.get(c["model_type"], c["model_type"])
     vocab, types, merges = byte_level_vocabulary()
     values: dict[str, Any] = {
         f"{arch}.block_count": c["num_hidden_layers"],
@@ -147,7 +183,7 @@ def write_gguf(
         f"{arch}.attention.head_count": c["num_attention_heads"],
         f"{arch}.attention.head_count_kv": c["num_key_value_heads"],
         f"{arch}.attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
-        f"{arch}.rope.freq_base": c["rope_theta"],
+        f"{arch}.rope.freq_base": c.get("rope_theta", 10000.0),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": vocab,
@@ -162,13 +198,15 @@ def write_gguf(
         _add(writer, key, value)
     for name, weight in weights.items():
         ours = name
-        for theirs, short in GGUF_NAMES.items():
+        for theirs, short in (GGUF_NAMES | (GGUF_GEMMA3_NAMES if arch == "gemma3" else {})).items():
             ours = ours.replace(theirs, short)
+        if arch == "gemma3" and ours.endswith("norm.weight"):
+            weight = weight + 1
         if arch == "llama" and ".attn_q." in ours:
             weight = permuted(weight, c["num_attention_heads"])
         if arch == "llama" and ".attn_k." in ours:
             weight = permuted(weight, c["num_key_value_heads"])
-        if weight.ndim == 2 and kind != GGMLQuantizationType.F32:
+        if weight.ndim == 2 and kind != GGMLQuantizationType.F32 and weight.shape[1] % GGML_QUANT_SIZES[kind][0] == 0:
             writer.add_tensor(ours, gguf.quants.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(ours, weight)

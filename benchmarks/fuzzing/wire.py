@@ -37,7 +37,7 @@ async def exchange(
     answers: int = 1,
     leave: Leave | None = None,
     leave_after: int = 0,
-    patience: float = 120.0,
+    patience: float = 300.0,
 ) -> Outcome:
     """Send the pieces (a number: seconds to wait), and read so many answers; the last one counts.
 

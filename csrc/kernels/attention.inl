@@ -1,7 +1,7 @@
 // Softmax attention over KV pages, against the dialect.
 //
-//   scores[i][p] = scale * q[i] . key[p],   out[i] = sum over p of softmax(scores[i])[p] * value[p],   p <
-//   n_positions[i]
+//   scores[i][p] = scale * q[i] . key[p],   out[i] = sum over p of softmax(scores[i])[p] * value[p],
+//   first[i] <= p < n_positions[i]
 //
 //   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867); every query
 //   that
@@ -60,10 +60,11 @@ inline void times_page(const Factor<F>* const* a, size_t depth, const uint8_t* m
     }
 }
 
-// The scores of one page become its weights exp(score - highest), zero beyond `n` positions; returns by how much what
-// was summed before shrinks. `highest` and `total` go on.
+// The scores of one page become its weights exp(score - highest), zero outside positions [first, n); returns by how
+// much what was summed before shrinks. `highest` and `total` go on.
 template <KvFormat F>
-inline float soften(float* s, size_t n, const float* value_scales, float& highest, float& total) {
+inline float soften(float* s, size_t first, size_t n, const float* value_scales, float& highest, float& total) {
+    for (size_t p = 0; p < first; ++p) s[p] = -INFINITY;
     for (size_t p = n; p < kPage; ++p) s[p] = -INFINITY;
     Vec most = set1(highest);
     for (size_t p = 0; p < kPage; p += kLanes) most = max(most, load(s + p));
@@ -72,10 +73,13 @@ inline float soften(float* s, size_t n, const float* value_scales, float& highes
     for (size_t p = 0; p < kPage; p += kLanes) {
         const Vec e = exp(sub(load(s + p), set1(top)));
         store(s + p, e);
-        if (p + kLanes <= n) sums = add(sums, e);
+        if (first <= p && p + kLanes <= n) sums = add(sums, e);
     }
+    const size_t whole = (first + kLanes - 1) / kLanes * kLanes, ragged = n / kLanes * kLanes;
     float rest = 0;
-    for (size_t p = n / kLanes * kLanes; p < n; ++p) rest += s[p];
+    for (size_t p = first; p < whole && p < n; ++p) rest += s[p];
+    for (size_t p = ragged < whole ? whole : ragged; p < n; ++p) rest += s[p];
+    for (size_t p = 0; p < first; ++p) s[p] = 0;
     for (size_t p = n; p < kPage; ++p) s[p] = 0;
     total = total * shrink + sum(sums) + rest;
     highest = top;
@@ -84,7 +88,10 @@ inline float soften(float* s, size_t n, const float* value_scales, float& highes
     return shrink;
 }
 
-// Positions of the page at `position` that query i sees.
+// Positions of the page at `position` that lie before all that query i sees, and those that lie not beyond it.
+inline size_t unseen_of(const AttendArgs& a, size_t i, size_t position) {
+    return a.first[i] <= position ? 0 : a.first[i] - position < kPage ? a.first[i] - position : kPage;
+}
 inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
     const size_t limit = a.n_positions[i] < a.end ? a.n_positions[i] : a.end;
     return limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
@@ -99,12 +106,15 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
     const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
     float* const scores = a.scratch;
     float* const sums = a.partial + first * step;
-    const size_t seen = seen_of(a, first + N - 1, position);  // the last query sees furthest
+    // The last query sees furthest, the first furthest back.
+    const size_t seen = seen_of(a, first + N - 1, position), unseen = unseen_of(a, first, position);
+    if (unseen >= seen) return;
     for (size_t c = 0; c < kPage; c += kColumns * kLanes) {
         Vec dots[N][kColumns];
         for (auto& row : dots)
             for (Vec& v : row) v = zero();
-        if (c < seen) times_page<F, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
+        if (c < seen && c + kColumns * kLanes > unseen)
+            times_page<F, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
         for (size_t j = 0; j < kColumns; ++j) {
             const size_t at = c + j * kLanes;
             const Vec factor = F == KvFormat::int8 ? mul(set1(a.scale), load(key_scales + at)) : set1(a.scale);
@@ -115,8 +125,9 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
     for (size_t i = 0; i < N; ++i) {
         float* s = scores + i * kPage;
         float* own = sums + i * step;
-        if (const size_t n = seen_of(a, first + i, position); n > 0) {
-            const float shrink = soften<F>(s, n, key_scales + kPage, own[dp], own[dp + 1]);
+        const size_t from = unseen_of(a, first + i, position), n = seen_of(a, first + i, position);
+        if (from < n) {
+            const float shrink = soften<F>(s, from, n, key_scales + kPage, own[dp], own[dp + 1]);
             for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
         } else {
             std::memset(s, 0, kPage * sizeof(float));

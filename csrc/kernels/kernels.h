@@ -119,14 +119,16 @@ constexpr size_t kAttendQueries = 16;
 struct AttendArgs {
     size_t n_queries;                    // 1 .. kAttendQueries
     const float* q[kAttendQueries];      // (D) each, rotated
-    size_t n_positions[kAttendQueries];  // query i sees positions 0 .. n_positions[i] - 1, at least one; ascending
+    size_t first[kAttendQueries];        // query i sees positions first[i] .. n_positions[i] - 1, at least one;
+    size_t n_positions[kAttendQueries];  // both ascend
     const uint8_t* pages;                // the head's first page of this layer
     size_t page_stride;                  // bytes from page to page
     const int32_t* page_table;           // position p lies in page page_table[p / kPage]
-    size_t begin, end;  // the chunk's positions; begin is a multiple of kPage, end at most what the last sees
+    size_t begin, end;  // the chunk's positions, or those from the page on that the first query sees first; begin is
+                        // a multiple of kPage, end at most what the last query sees
     size_t end_ahead;   // pages before this position may be prefetched
     size_t d;
-    float scale;  // of the scores, 1 / sqrt(D)
+    float scale;  // of the scores
     KvFormat format;
     float* partial;  // out: a Partial of each query, one after another
     float* scratch;  // attend_scratch_floats(d), 64-byte aligned
@@ -136,6 +138,11 @@ struct AttendArgs {
 constexpr size_t attend_partial_floats(size_t d) { return KvPage::padded(d) + 16; }
 constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (kPage + KvPage::padded(d)); }
 
+// What a feed-forward's gate goes through: silu(a) = a / (1 + exp(-a)), or gelu(a) = a (1 + tanh(z)) / 2 with
+// z = sqrt(2 / pi) (a + 0.044715 a^3) (arXiv 1606.08415, the approximation by tanh).
+enum class Gate : uint8_t { silu, gelu_tanh };
+constexpr std::string_view kGateNames[] = {"silu", "gelu_tanh"};
+
 struct RowKernels {
     Isa isa;
     // 1 / sqrt(mean(x^2) + eps) of n elements.
@@ -144,8 +151,10 @@ struct RowKernels {
     void (*scale_row)(const float* x, const float* w, float factor, size_t n, float* y);
     // Rotate-half rotary embedding in place: (x[i], x[i + d/2]) by the angle whose cosine and sine are c[i], s[i].
     void (*rope)(float* x, const float* c, const float* s, size_t d);
-    // y = silu(a) * b.
+    // y = gate(a) * b.
     void (*silu_mul)(const float* a, const float* b, size_t n, float* y);
+    void (*gelu_tanh_mul)(const float* a, const float* b, size_t n, float* y);
+    auto gate_mul(Gate gate) const { return gate == Gate::silu ? silu_mul : gelu_tanh_mul; }
     // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right.
     void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n,
                       float* y);

@@ -9,7 +9,8 @@ namespace {
 #include "kernels/rowwise.inl"
 }  // namespace
 
-extern const RowKernels kRowsScalar = {Isa::scalar, rms_factor, scale_row, rope, silu_mul,   add_parts, attend,
-                                       merge,       kv_store,   kv_clear,  pack, unpack_row, widen,     narrow};
+extern const RowKernels kRowsScalar = {Isa::scalar,   rms_factor, scale_row,  rope,  silu_mul,
+                                       gelu_tanh_mul, add_parts,  attend,     merge, kv_store,
+                                       kv_clear,      pack,       unpack_row, widen, narrow};
 
 }  // namespace fourfold

@@ -31,20 +31,38 @@ void rope(float* x, const float* c, const float* s, size_t d) {
     }
 }
 
-// silu(a) = a / (1 + exp(-a)), through exp of a negative number only: exp(-|a|) and the sigmoid's symmetry.
-void silu_mul(const float* a, const float* b, size_t n, float* y) {
+// -s of the sigmoid that a gate is: gate(a) = a / (1 + exp(-s)), where s = a for silu and, as (1 + tanh(z)) / 2 is the
+// sigmoid of 2 z, s = sqrt(8 / pi) (a + 0.044715 a^3) for gelu; of |a|, whose s has the sign of a.
+constexpr float kGeluLinear = 1.5957691216f, kGeluCubic = 0.071354816f;
+template <Gate G>
+inline Vec minus_steepness(Vec size) {
+    if constexpr (G == Gate::silu) return sub(zero(), size);
+    return mul(sub(zero(), size), fma(mul(size, size), set1(kGeluCubic), set1(kGeluLinear)));
+}
+template <Gate G>
+inline float minus_steepness_of(float size) {
+    if constexpr (G == Gate::silu) return -size;
+    return -size * (size * size * kGeluCubic + kGeluLinear);
+}
+
+// Through exp of a negative number only: exp(-|s|) and the sigmoid's symmetry.
+template <Gate G>
+inline void gate_mul(const float* a, const float* b, size_t n, float* y) {
     size_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        const Vec v = load(a + i), e = exp(sub(zero(), max(v, sub(zero(), v))));
+        const Vec v = load(a + i), e = exp(minus_steepness<G>(max(v, sub(zero(), v))));
         const Vec positive = max(v, zero()), negative = sub(v, positive);
         const Vec numerator = fma(negative, e, positive);
         store(y + i, mul(div(numerator, add(set1(1.0f), e)), load(b + i)));
     }
     for (; i < n; ++i) {
-        const float e = std::exp(-std::fabs(a[i]));
+        const float e = std::exp(minus_steepness_of<G>(std::fabs(a[i])));
         y[i] = (a[i] > 0 ? a[i] : a[i] * e) / (1.0f + e) * b[i];
     }
 }
+
+void silu_mul(const float* a, const float* b, size_t n, float* y) { gate_mul<Gate::silu>(a, b, n, y); }
+void gelu_tanh_mul(const float* a, const float* b, size_t n, float* y) { gate_mul<Gate::gelu_tanh>(a, b, n, y); }
 
 void add_parts(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n, float* y) {
     size_t i = 0;

@@ -13,6 +13,7 @@ from fourfold.checkpoint.fourfold_dir import FourfoldDirectory
 from fourfold.checkpoint.source import MappedFile
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers
 from fourfold.residency import Residency
+from fourfold.rotary import table_of
 
 Vector = NDArray[np.float32]
 Report = Callable[[int, int], None]  # bytes done, bytes in all
@@ -78,11 +79,16 @@ class Assembly:
         return [np.concatenate(empty + [values[a:b] for a, b in rank]) for rank in cut.ranges]
 
     def _embed(self, op: Op) -> None:
-        self._program.add_embed(self._weight(*op.weights[0]), self._buffer(op, 0, write=True))
+        scale = self._builder.config.embed_scale
+        self._program.add_embed(self._weight(*op.weights[0]), scale, self._buffer(op, 0, write=True))
 
     def _norm(self, op: Op) -> None:
         eps = self._builder.config.norm_eps
         self._program.add_norm(self._buffer(op, 0), self._vectors(op.vectors[0]), eps, self._buffer(op, 0, write=True))
+
+    def _normed(self, op: Op) -> None:
+        base, x, eps = self._buffer(op, 0), self._buffer(op, 1), self._builder.config.norm_eps
+        self._program.add_normed(base, x, self._vectors(op.vectors[0]), eps, self._buffer(op, 0, write=True))
 
     def _linear(self, op: Op) -> None:
         outs = [self._buffer(op, i, write=True) for i in range(len(op.writes))] or [_core.Program.LOGITS]
@@ -96,25 +102,43 @@ class Assembly:
             parts,
             norm=self._vectors(op.norm),
             eps=self._builder.config.norm_eps,
-            up=reads[1] if op.gated else _core.Program.NONE,
+            up=reads[1] if op.gate else _core.Program.NONE,
+            gate=op.gate or "silu",
             base=base,
             sum=outs[-1] if op.sums else _core.Program.NONE,
             sum_bias=self._vectors(op.sum_bias),
         )
 
     def _reduce(self, op: Op) -> None:
-        partial, base = self._buffer(op, 0), self._buffer(op, 1)
+        partial, base = self._buffer(op, 0), self._buffer(op, 1) if len(op.reads) > 1 else _core.Program.NONE
         self._program.add_reduce(partial, base, self._vectors(op.vectors[0]), self._buffer(op, 0, write=True))
 
     def _cache(self, op: Op) -> None:
-        self._program.add_cache(op.layer, *(self._buffer(op, i) for i in range(3)))
+        config = self._builder.config
+        q_norm, k_norm = map(self._vectors, op.vectors or (None, None))
+        self._program.add_cache(
+            op.layer,
+            *(self._buffer(op, i) for i in range(3)),
+            rotary=table_of(config, op.layer),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=config.norm_eps,
+        )
 
     def _attend(self, op: Op) -> None:
-        heads = self._builder.kv_of_head()
-        self._program.add_attend(op.layer, self._buffer(op, 0), heads, self._buffer(op, 0, write=True))
+        config, heads = self._builder.config, self._builder.kv_of_head()
+        self._program.add_attend(
+            op.layer,
+            self._buffer(op, 0),
+            heads,
+            self._buffer(op, 0, write=True),
+            scale=config.attention_scale or config.head_dim**-0.5,
+            window=config.window(op.layer),
+        )
 
     def _gated(self, op: Op) -> None:
-        self._program.add_gated(self._buffer(op, 0), self._buffer(op, 1), self._buffer(op, 0, write=True))
+        gate, up = self._buffer(op, 0), self._buffer(op, 1)
+        self._program.add_gated(gate, up, self._buffer(op, 0, write=True), op.gate)
 
     def _with_previous(self, op: Op) -> None:
         self._program.add_with_previous(self._buffer(op, 0), self._buffer(op, 0, write=True))

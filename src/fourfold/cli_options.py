@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 MODEL = "smollm2"  # the bundled real model
 
 Model = Annotated[str, typer.Argument(help="A fourfold, Hugging Face or Megatron directory, a GGUF file, or smollm2.")]
-Format = Annotated[str | None, typer.Option(help="nf4 (default), int4, fp4, int8, bf16 or f32.", show_default=False)]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="nf4, int4, fp4, fp4_bnb, int8, bf16 or f32; default nf4, or what keeps a quantized checkpoint's codes.",
+        show_default=False,
+    ),
+]
 Ranks = Annotated[int | None, typer.Option(help="Slices of the model; one to a NUMA node by default.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of all ranks together; one to a core by default.")]
 Context = Annotated[int | None, typer.Option(help="Positions to make room for; the model's own by default.")]

@@ -17,7 +17,7 @@ import fourfold._core as _core
 from fourfold import models
 from fourfold.assembly import Assembly, Report, Vector
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
-from fourfold.config import KVFormat, ModelConfig, RopeAngles
+from fourfold.config import KVFormat, LongRope, ModelConfig, RopeAngles
 from fourfold.disk import WeightDisk
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.footprint import PAGE, footprint, resident_bytes
@@ -122,7 +122,8 @@ class Engine:
             kernel=kernel,
         )
         angles = cast(RopeAngles, rope_angles or "f32")
-        self._program.set_rope(*rotary_tables(self.config, self.context, angles))
+        for table in rotary_tables(self.config, self.context, angles):
+            self._program.add_rotary(*table)
         self._disk: WeightDisk | None = None
         try:
             if self._residency.uses_disk:
@@ -238,7 +239,7 @@ class Engine:
             kernels = {len(wanted): dict(program.kernels(len(wanted), outputs_class))}
             kernels[len(tokens)] = dict(program.kernels(len(tokens), tokens_class))
             marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in self._profile.threads)
-            work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]))
+            work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]), self.config.sliding_window)
             self._profile.add(StepFacts(called, returned, work, kernels, marks))
         for feed in feeds:
             feed.sequence.length += len(feed.ids)
@@ -293,7 +294,8 @@ class Engine:
 
     def bytes_per_token(self, position: int = 0) -> int:
         """Bytes that one decoding step must read: every weight once (an untied embedding not), and the KV cache."""
-        return self._read_bytes + self._kv_bytes_per_token() * position
+        seen = sum(self.config.seen(layer, position) for layer in range(self.config.n_layers))
+        return self._read_bytes + self._kv_bytes_per_token() * seen // self.config.n_layers
 
     def measure_disk(self) -> float | None:
         """Bytes/s that the weights' disk gives in order, measured now; None where all weights are in memory.
@@ -344,9 +346,13 @@ class Engine:
 
 
 def usable_context(config: ModelConfig, asked: int | None) -> int:
-    """Positions to make room for. Raises UserError where the model was not trained for as many as are asked."""
+    """Positions to make room for. Raises UserError where the model was not trained for as many as are asked.
+
+    Of a model with one set of rotary factors for short texts and one for long ones, the first, unless more are asked.
+    """
     if asked is None:
-        return min(config.max_context, DEFAULT_CONTEXT)
+        long = config.rope_scaling
+        return min(config.max_context, long.original_context if isinstance(long, LongRope) else DEFAULT_CONTEXT)
     if not 1 <= asked <= config.max_context:
         raise UserError(
             f"a context of {asked} is not possible: the model was trained for 1 to {config.max_context} positions"

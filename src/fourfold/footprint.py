@@ -11,6 +11,7 @@ import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
 from fourfold.format import panel_bytes
 from fourfold.program import TILE_K, TILE_N, Cut, ProgramBuilder, assign_buffers
+from fourfold.rotary import table_bytes
 
 PAGE: int = _core.PAGE  # positions of a KV page
 F32 = 4  # bytes
@@ -109,7 +110,7 @@ def footprint(
         state_page.append(sum(filters) * F32)
         state_text.append(_core.Program.KEPT_ROWS * state_page[-1])
         work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
-    rope = context * head_dim * F32
+    rope = table_bytes(builder.config, context)
     by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))
     looked_up = frozenset(cuts) - multiplied
     return Footprint(

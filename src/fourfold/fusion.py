@@ -50,7 +50,7 @@ _NOTHING = Op("select", (), ())
 
 def _with_input(linear: Op, made: Op) -> Op:
     if made.kind == "gated":
-        return replace(linear, reads=made.reads, gated=True)
+        return replace(linear, reads=made.reads, gate=made.gate)
     return replace(linear, reads=made.reads, norm=made.vectors[0])
 
 

@@ -105,7 +105,8 @@ def _notes(
     if kept:
         formats = sorted({of[name] for name in kept})
         rest = sorted({of[spec.name] for spec in matrices if spec.name not in kept})
-        others = f"; {len(matrices) - len(kept)} others are {' and '.join(rest)}" if rest else ""
+        n_others = len(matrices) - len(kept)
+        others = f"; {'1 other is' if n_others == 1 else f'{n_others} others are'} {' and '.join(rest)}" if rest else ""
         notes.append(f"the {origin} codes of {len(kept)} matrices are kept, as {' and '.join(formats)}{others}")
     if widened := [spec for spec in matrices if spec.name in kept and of[spec.name] == "int8" and origin]:
         shapes = [(spec.shape[0], spec.shape[1]) for spec in widened]

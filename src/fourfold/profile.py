@@ -44,6 +44,7 @@ class OpFacts:
     position_bytes: int = 0  # read for each position of the text
     row_flop: int = 0
     seen_flop: int = 0  # for each row and each position that it sees
+    is_local: bool = False  # rows see a window of the positions
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,23 @@ class Work:
     outputs: int  # rows whose logits were wanted
     positions: int  # of the text, after the step
     seen: int  # for each row, the positions up to its own
+    local_positions: int  # the same in layers with a window
+    local_seen: int
 
     @classmethod
-    def of_step(cls, tokens: int, outputs: int, start: int) -> Work:
-        """Rows at positions start, start + 1, ..."""
-        seen = tokens * start + tokens * (tokens + 1) // 2
-        return cls(1, tokens, int(outputs > 0), outputs, start + tokens, seen)
+    def of_step(cls, tokens: int, outputs: int, start: int, window: int | None = None) -> Work:
+        """Rows at positions start, start + 1, ...; `window`: positions that they see in local layers."""
+        end = start + tokens
+        whole = window or end  # a window that holds everything
+        n_growing = min(max(whole - start, 0), tokens)  # rows that see all before them
+        local = n_growing * start + n_growing * (n_growing + 1) // 2 + (tokens - n_growing) * whole
+        return cls(
+            1, tokens, int(outputs > 0), outputs,
+            positions=end,
+            seen=tokens * start + tokens * (tokens + 1) // 2,
+            local_positions=end - max(0, start + 1 - whole),
+            local_seen=local,
+        )  # fmt: skip
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -73,11 +85,12 @@ class Work:
     def bytes_read(self, op: OpFacts) -> int:
         """What the op must read of weights and caches; activations, which stay in the processor's caches, left out."""
         steps = self.output_steps if op.of_outputs else self.steps
-        return op.step_bytes * steps + op.row_bytes * self.rows(op) + op.position_bytes * self.positions
+        positions = self.local_positions if op.is_local else self.positions
+        return op.step_bytes * steps + op.row_bytes * self.rows(op) + op.position_bytes * positions
 
     def flop(self, op: OpFacts) -> int:
         """Multiplications and additions of matrices and of attention."""
-        return op.row_flop * self.rows(op) + op.seen_flop * self.seen
+        return op.row_flop * self.rows(op) + op.seen_flop * (self.local_seen if op.is_local else self.seen)
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class _Sums:
     def __init__(self, n_threads: int, n_ops: int) -> None:
         self.spent = np.zeros((n_threads, n_ops, len(PHASES)), np.int64)  # ns
         self.entering = np.zeros(n_threads, np.int64)  # from the call to the thread's begin, and from its end on
-        self.work = Work(0, 0, 0, 0, 0, 0)
+        self.work = Work(0, 0, 0, 0, 0, 0, 0, 0)
         self.ns = 0  # from call to return
         self.kernels: list[set[str]] = [set() for _ in range(n_ops)]
         self._rows_seen: set[frozenset[int]] = set()
@@ -236,7 +249,8 @@ def _facts(op: Op, config: ModelConfig, formats: Mapping[str, WeightFormat], kv_
         layer = op.layer
     if op.kind == "attend":
         seen_flop = 4 * config.n_heads * config.head_dim
-        return OpFacts(op.kind, "attention", layer, position_bytes=kv_bytes, seen_flop=seen_flop)
+        is_local = config.window(op.layer) is not None
+        return OpFacts(op.kind, "attention", layer, position_bytes=kv_bytes, seen_flop=seen_flop, is_local=is_local)
     if op.kind == "embed":
         ((name, outputs, inputs),) = op.weights
         row_bytes = int(_core.slice_bytes(formats[name], [(0, outputs.size)], [(0, inputs.size)])) // outputs.size

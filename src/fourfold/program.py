@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
-from fourfold.config import ModelConfig
+from fourfold.config import Gate, ModelConfig
 from fourfold.errors import UnsupportedError
 
 TILE_N, TILE_K = 16, 64  # outputs and inputs of a tile: where weights may be cut
@@ -95,7 +95,7 @@ def cut_heads(config: ModelConfig, n_ranks: int) -> HeadCut:
 
 
 Vector = tuple[str, Cut]
-OpKind = Literal["embed", "norm", "linear", "reduce", "cache", "attend", "gated", "with_previous", "select"]
+OpKind = Literal["embed", "norm", "normed", "linear", "reduce", "cache", "attend", "gated", "with_previous", "select"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Op:
     vectors: tuple[Vector | None, ...] = ()
     layer: int = 0
     norm: Vector | None = None  # of a linear op: its input is normed with it
-    gated: bool = False  # of a linear op: its input is silu(first) · second
+    gate: Gate | None = None  # of a gated op, or of a linear op: its input is gate(first) · second
     sums: bool = False  # of a linear op: base + its outputs (+ bias) is written as well
     sum_bias: Vector | None = None
 
@@ -164,7 +164,7 @@ class ProgramBuilder:
         return self.activations[-1]
 
     def embed(self, weight: str) -> Activation:
-        """Rows of the embedding: (M, dim)."""
+        """Rows of the embedding, times the config's scale: (M, dim)."""
         dim = self.config.dim
         x = self._new(self._whole(dim))
         outputs = split(self.config.vocab_size, self.n_ranks, TILE_N)
@@ -210,17 +210,38 @@ class ProgramBuilder:
         self.ops.append(Op("linear", (x,), (partial,), weights=((weight, base.cut, inputs),), vectors=(None,)))
         self.ops.append(Op("reduce", (partial, base), (y,), vectors=((bias, base.cut) if bias else None,)))
 
-    def attend(self, q: Activation, k: Activation, v: Activation, *, layer: int) -> Activation:
-        """Rotary embedding, the KV cache of the layer, softmax attention."""
+    def add_normed_linear(self, base: Activation, x: Activation, weight: str, *, inputs: Cut, norm: str) -> None:
+        """base += norm(W x), W cut by its inputs: all ranks' sums come before the norm."""
+        y = self._new(base.cut, is_partial=self.n_ranks > 1)
+        self.ops.append(Op("linear", (x,), (y,), weights=((weight, base.cut, inputs),), vectors=(None,)))
+        if y.is_partial:
+            partial, y = y, self._new(base.cut)
+            self.ops.append(Op("reduce", (partial,), (y,), vectors=(None,)))
+        self.ops.append(Op("normed", (base, y), (base,), vectors=((norm, base.cut),)))
+
+    def attend(
+        self,
+        q: Activation,
+        k: Activation,
+        v: Activation,
+        *,
+        layer: int,
+        head_norms: tuple[str, str] | None = None,
+    ) -> Activation:
+        """Rotary embedding, the KV cache of the layer, softmax attention; angles, window and scale are the config's.
+
+        `head_norms`: vectors (head_dim) that every head of q, and of k, is normed with before it is rotated.
+        """
         y = self._new(q.cut)
-        self.ops.append(Op("cache", (q, k, v), (q, k), layer=layer))
+        norms = tuple((name, self._whole(self.config.head_dim)) for name in head_norms or ())
+        self.ops.append(Op("cache", (q, k, v), (q, k), vectors=norms, layer=layer))
         self.ops.append(Op("attend", (q,), (y,), layer=layer))
         return y
 
-    def gated(self, gate: Activation, up: Activation) -> Activation:
-        """silu(gate) · up."""
+    def gated(self, gate: Activation, up: Activation, through: Gate = "silu") -> Activation:
+        """through(gate) · up."""
         y = self._new(gate.cut)
-        self.ops.append(Op("gated", (gate, up), (y,)))
+        self.ops.append(Op("gated", (gate, up), (y,), gate=through))
         return y
 
     def with_previous(self, x: Activation) -> Activation:

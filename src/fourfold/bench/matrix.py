@@ -156,7 +156,7 @@ class Copies:
             raise UserError(str(error)) from None
         x = program.add_buffer([self.k] * self.n_ranks, False)
         places = [program.add_weight(self.weights[(first + i) % len(self.weights)]) for i in range(count)]
-        program.add_embed(places[0], x)
+        program.add_embed(places[0], 1.0, x)
         for place in places:
             program.add_linear(x, [(place, _core.Program.LOGITS, [])])
         program.finish()

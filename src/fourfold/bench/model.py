@@ -238,5 +238,6 @@ def prompt_flop(stored: FourfoldDirectory, n_tokens: int) -> float:
 
 def _attention_flop(config: ModelConfig, start: int, n_tokens: int) -> float:
     """Queries with keys, and weights with values: two for each element of each position that a token may see."""
-    n_seen = sum(range(start + 1, start + n_tokens + 1))
-    return 4.0 * config.n_layers * config.n_heads * config.head_dim * n_seen
+    positions = range(start, start + n_tokens)
+    n_seen = sum(config.seen(layer, position) + 1 for layer in range(config.n_layers) for position in positions)
+    return 4.0 * config.n_heads * config.head_dim * n_seen

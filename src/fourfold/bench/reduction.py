@@ -116,7 +116,7 @@ class _Reductions:
         partials = [program.add_buffer(all_width.widths, False) for _ in range(2)]
         base, total = (program.add_buffer(all_width.widths, False) for _ in range(2))
         everything = [list(rank) for rank in all_inputs.ranges]
-        program.add_embed(self._weight(inputs, [[(0, 1)]] * n_ranks, everything), x)
+        program.add_embed(self._weight(inputs, [[(0, 1)]] * n_ranks, everything), 1.0, x)
         program.add_linear(x, [(self._weight(spread_out, cut, everything), part, [])])
         weight = self._weight(multiplied, [list(rank) for rank in all_width.ranges], cut)
         for i in range(REDUCTIONS):

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from fourfold.checkpoint.complete import check_complete
+from fourfold.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 from fourfold.checkpoint.gguf_file import open_gguf
 from fourfold.checkpoint.huggingface import open_huggingface
 from fourfold.checkpoint.megatron import is_megatron, open_megatron
@@ -21,7 +22,7 @@ __all__ = ["Source", "check_complete", "open_source"]
 
 
 def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source:
-    """A Hugging Face directory, a Megatron directory or a GGUF file, told apart by what they are, not by their names.
+    """A Hugging Face, Megatron or DeepSpeed directory or a GGUF file, told apart by what they are, not by their names.
 
     `tokenizer` is a directory whose tokenizer counts in place of the checkpoint's own. Raises CheckpointError where
     there is no checkpoint or it is damaged, and UnsupportedError where it is sound but asks for something that fourfold
@@ -39,7 +40,9 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source
 
 def _open(path: Path) -> Source:
     if path.is_dir():
-        return open_megatron(path) if is_megatron(path) else open_huggingface(path)
+        if is_megatron(path):
+            return open_megatron(path)
+        return open_deepspeed(path) if is_deepspeed(path) else open_huggingface(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:

@@ -54,14 +54,48 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class SideBySide:
-    """Matrices (N, K1), (N, K2), ... as one (N, K1 + K2 + ...)."""
+class Columns:
+    """Columns [start, stop) of a matrix (N, K), or of a tensor (N, K, ...)."""
+
+    tensor: SourceTensor
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.tensor.shape[0], self.stop - self.start, *self.tensor.shape[2:])
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        return self.tensor.rows(start, stop)[:, self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The sum of tensors of one shape, in the first one's type."""
 
     parts: tuple[SourceTensor, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+        return self.parts[0].shape
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        first, *others = (part.rows(start, stop) for part in self.parts)
+        total = first.astype(np.float32)
+        for other in others:
+            total += other.astype(np.float32)
+        return total.astype(first.dtype)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Matrices (N, K1), (N, K2), ... as one (N, K1 + K2 + ...); their tensors may have more axes, which agree."""
+
+    parts: tuple[SourceTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts), *self.parts[0].shape[2:])
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         return np.concatenate([part.rows(start, stop) for part in self.parts], axis=1)

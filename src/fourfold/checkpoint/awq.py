@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, minus_zeros, nibbles
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, nibbles
 from fourfold.errors import CheckpointError
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each output of a word
@@ -50,19 +50,22 @@ def _matrix(module: str, group: int | None, parts: Parts) -> CodedTensor:
     group = checked_group(group, k, module, parts)
     scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
     zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
-    zeros = _in_order(zero_words.rows(0, k // group)).T.view(np.int8)  # (N, K/G)
 
-    def integers(start: int, stop: int) -> NDArray[np.int8]:
-        first, last = start // 8, -(-stop // 8)
-        codes = _in_order(words.rows(0, k)[:, first:last])[:, start - 8 * first : stop - 8 * first]  # (K, rows)
-        return minus_zeros(np.ascontiguousarray(codes.T), zeros[start:stop], group)
+    def codes(start: int, stop: int) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(_outputs(words.rows(0, k), start, stop).T)
+
+    def zeros(start: int, stop: int) -> NDArray[np.int8]:
+        return _outputs(zero_words.rows(0, k // group), start, stop).T.view(np.int8)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)
 
-    return IntegerTensor("AWQ int4", (n, k), group, bool((zeros == 8).all()), integers, scale_rows)
+    return IntegerTensor("AWQ int4", (n, k), group, codes, zeros, scale_rows)
 
 
-def _in_order(words: NDArray[Any]) -> NDArray[np.uint8]:
-    """Words (rows, n) as the codes of their outputs, (rows, 8 n)."""
-    return nibbles(words).reshape(*words.shape, 8)[..., PLACE].reshape(len(words), 8 * words.shape[1])
+def _outputs(words: NDArray[Any], start: int, stop: int) -> NDArray[np.uint8]:
+    """The codes of outputs [start, stop) in words (rows, N/8): (rows, stop - start)."""
+    first, last = start // 8, -(-stop // 8)
+    some = words[:, first:last]
+    codes = nibbles(some).reshape(*some.shape, 8)[..., PLACE].reshape(len(some), 8 * (last - first))
+    return codes[:, start - 8 * first : stop - 8 * first]

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, minus_zeros, nibbles
-from fourfold.checkpoint.source import MappedTensor
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, nibbles
 from fourfold.errors import CheckpointError, UnsupportedError
 
 _FORM = "pack-quantized"
@@ -62,7 +61,9 @@ def _matrix(module: str, parts: Parts) -> CodedTensor:
         raise CheckpointError(
             f"{parts.where}: {module}.weight_scale has the shape {scales.shape}, of a matrix ({n}, {k})"
         )
-    zeros = _zero_points(module, n, groups, parts)
+    zero_words = None
+    if f"{module}.weight_zero_point" in parts:
+        zero_words = parts.take(f"{module}.weight_zero_point", ("int32",), (-(-n // 8), groups))
     if f"{module}.weight_g_idx" in parts:
         order = parts.take(f"{module}.weight_g_idx", ("int32",), (k,)).rows(0, k)
         if not np.array_equal(order, np.arange(k) // (k // groups)):
@@ -71,21 +72,19 @@ def _matrix(module: str, parts: Parts) -> CodedTensor:
                 " which fourfold does not undo; use a checkpoint quantized with actorder null or weight"
             )
 
-    def integers(start: int, stop: int) -> NDArray[np.int8]:
-        return minus_zeros(nibbles(words.rows(start, stop)), zeros[start:stop], k // groups)
+    def codes(start: int, stop: int) -> NDArray[np.uint8]:
+        return nibbles(words.rows(start, stop))
+
+    def zeros(start: int, stop: int) -> NDArray[np.int8]:
+        if zero_words is None:
+            return np.full((stop - start, groups), 8, np.int8)
+        first, last = start // 8, -(-stop // 8)
+        by_group = nibbles(zero_words.rows(first, last).T)  # (groups, outputs of whole words)
+        return by_group[:, start - 8 * first : stop - 8 * first].T.view(np.int8)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         if len(scales.shape) == 2:
             return scales.rows(start, stop).astype(np.float32)
         return np.full((stop - start, 1), scales.rows(0, 1), np.float32)
 
-    return IntegerTensor("compressed-tensors int4", (n, k), k // groups, bool((zeros == 8).all()), integers, scale_rows)
-
-
-def _zero_points(module: str, n: int, groups: int, parts: Parts) -> NDArray[np.int8]:
-    """(N, groups), as stored: 8 is none."""
-    if f"{module}.weight_zero_point" not in parts:
-        return np.broadcast_to(np.int8(8), (n, groups))
-    packed: MappedTensor = parts.take(f"{module}.weight_zero_point", ("int32",), (-(-n // 8), groups))
-    by_group = nibbles(packed.rows(0, packed.shape[0]).T)  # (groups, N and what fills the last word)
-    return by_group[:, :n].T.view(np.int8)
+    return IntegerTensor("compressed-tensors int4", (n, k), k // groups, codes, zeros, scale_rows)

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from fourfold.config import ModelConfig
+from fourfold.config import LongRope, ModelConfig, RopeScaling
 from fourfold.errors import CheckpointError, UnsupportedError
 
 T = TypeVar("T")
@@ -38,10 +38,21 @@ class Fields:
         check_names(values, where)
         self.where = where
         self._values = {key: value for key, value in values.items() if value is not None}
+        self._nulls = values.keys() - self._values.keys()
         self._unread = set(self._values)
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there, and null: for a key that has another meaning where it is absent."""
+        return key in self._nulls
+
+    def is_zero(self, key: str) -> bool:
+        """Whether the key is absent or has the value 0, where that stands for none."""
+        self._unread.discard(key)
+        value = self._values.get(key, 0)
+        return _is_int(value) and value == 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -66,6 +77,14 @@ class Fields:
         if not (_is_int(value) or isinstance(value, float)) or not -MAX_REAL < value < MAX_REAL:
             raise self._wrong(key, value, "a number")
         return float(value)
+
+    def reals(self, key: str) -> tuple[float, ...]:
+        """A list of positive, finite numbers."""
+        value = self._take(key, None)
+        numbers: list[Any] = value if isinstance(value, list) else [""]
+        if not all((_is_int(x) or isinstance(x, float)) and 0 < x < MAX_REAL for x in numbers):
+            raise self._wrong(key, value, "a list of positive numbers")
+        return tuple(map(float, numbers))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -151,14 +170,19 @@ def _faults(c: ModelConfig) -> Iterator[str]:
     for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_context"):
         if not 1 <= getattr(c, name) <= MAX_SIZE:
             yield f"{name} is {_short(getattr(c, name))}, and must be from 1 to {MAX_SIZE}"
-    reals = {name: getattr(c, name) for name in ("norm_eps", "rope_theta")}
-    if c.rope_scaling:
-        reals |= vars(c.rope_scaling)
+    reals = {name: getattr(c, name) for name in ("norm_eps", "rope_theta", "embed_scale")}
+    reals |= {name: x for name in ("local_rope_theta", "attention_scale") if (x := getattr(c, name)) is not None}
+    for name, value in vars(c.rope_scaling).items() if c.rope_scaling else ():
+        reals |= {f"{name}[{i}]": x for i, x in enumerate(value)} if isinstance(value, tuple) else {name: value}
     for name, real in reals.items():
         if not 0 < real < MAX_REAL:
             yield f"{name} is {_short(real)}, and must be a positive number"
-    if c.rope_scaling and c.rope_scaling.high_freq_factor <= c.rope_scaling.low_freq_factor:
+    if isinstance(c.rope_scaling, RopeScaling) and c.rope_scaling.high_freq_factor <= c.rope_scaling.low_freq_factor:
         yield "its rotary scaling has a high_freq_factor no larger than low_freq_factor"
+    if c.sliding_window is not None and not 1 <= c.sliding_window <= MAX_SIZE:
+        yield f"sliding_window is {_short(c.sliding_window)}, and must be from 1 to {MAX_SIZE}"
+    if not 0 <= c.global_every <= MAX_SIZE:
+        yield f"global_every is {_short(c.global_every)}, and must be from 0 to {MAX_SIZE}"
     elements = {
         "the embedding": c.vocab_size * c.dim,
         "a feed-forward matrix": c.hidden_dim * c.dim,
@@ -176,6 +200,12 @@ def _faults(c: ModelConfig) -> Iterator[str]:
         yield f"{c.n_heads} attention heads cannot share {c.n_kv_heads} key/value heads evenly"
     if c.head_dim % 2:
         yield f"rotary embedding needs an even head dimension, and it is {c.head_dim}"
+    n_rotated = c.head_dim if c.rotary_dim is None else c.rotary_dim
+    if not 2 <= n_rotated <= c.head_dim or n_rotated % 2:
+        yield f"{_short(n_rotated)} of {c.head_dim} dimensions are to be rotated, which must be an even number of them"
+    for factors in (c.rope_scaling.short, c.rope_scaling.long) if isinstance(c.rope_scaling, LongRope) else ():
+        if len(factors) != n_rotated // 2:
+            yield f"its rotary scaling has {len(factors)} factors for {n_rotated // 2} frequencies"
     if c.model_type == "yuan" and (c.n_kv_heads, c.n_heads * c.head_dim) != (c.n_heads, c.dim):
         yield f"Yuan's heads all have keys of their own and fill its width, and {c.n_heads} of {c.head_dim} do not here"
     if c.model_type == "yuan" and (c.qkv_bias or not c.tie_embeddings):

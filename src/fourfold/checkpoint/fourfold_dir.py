@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.source import read_json
-from fourfold.config import FORMATS, ModelConfig, RopeScaling, WeightFormat
+from fourfold.config import FORMATS, ModelConfig, RopeScaling, WeightFormat, scaling_kind
 from fourfold.errors import CheckpointError
 from fourfold.format import SCALED, n_panels, panel_bytes, stored_bytes
 from fourfold.models import weight_specs
@@ -282,7 +282,7 @@ def _read_model_config(path: Path, fields: Any, n_tensors: int) -> ModelConfig:
         raise wrong
     _check_types(path, ModelConfig, fields)
     if scaling := fields.get("rope_scaling"):
-        _check_types(path, RopeScaling, scaling)
+        _check_types(path, scaling_kind(scaling) if isinstance(scaling, dict) else RopeScaling, scaling)
     try:
         config = ModelConfig.from_dict(fields)
     except TypeError:  # a field is missing
@@ -296,7 +296,8 @@ def _check_types(path: Path, record: type, fields: Any) -> None:
     """Every one of `fields` is a field of a dataclass of ours and has its type."""
     accepted: dict[str, tuple[type, ...]] = {
         "str": (str,), "bool": (bool,), "int": (int,), "float": (int, float), "int | None": (int, type(None)),
-        "tuple[int, ...]": (list, tuple), "RopeScaling | None": (dict, type(None)),
+        "float | None": (int, float, type(None)), "tuple[int, ...]": (list, tuple), "tuple[float, ...]": (list, tuple),
+        "Scaling | None": (dict, type(None)),
     }  # fmt: skip
     known = {field.name: str(field.type) for field in dataclasses.fields(record)}
     if not isinstance(fields, dict) or not set(fields) <= set(known):
@@ -304,6 +305,7 @@ def _check_types(path: Path, record: type, fields: Any) -> None:
     for name, value in fields.items():
         right = isinstance(value, accepted[known[name]]) and (isinstance(value, bool) == (known[name] == "bool"))
         if isinstance(value, list | tuple):
-            right = right and all(type(item) is int for item in value)
+            items = (int,) if known[name] == "tuple[int, ...]" else (int, float)
+            right = right and all(type(item) in items for item in value)
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise CheckpointError(f"{path / CONFIG}: {name} is {value!r}, which is not {known[name]}")

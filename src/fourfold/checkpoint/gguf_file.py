@@ -1,4 +1,4 @@
-"""GGUF files of Llama and Qwen2, under Hugging Face's names and in its row order; rows are dequantized when read."""
+"""GGUF files, under Hugging Face's names and in its row order; rows are dequantized when read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from fourfold.checkpoint.gguf_config import model_config
+from fourfold.checkpoint.gguf_config import RopeTensors, model_config
 from fourfold.checkpoint.gguf_header import TensorInfo, read_header
 from fourfold.checkpoint.gguf_tokenizer import tokenizer_files
 from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint
@@ -31,7 +31,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
-EMBEDDING, HEAD, ROPE_DIVISORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 _NAMES = {EMBEDDING: "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", HEAD: "lm_head.weight"}
 _IN_LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -41,11 +41,22 @@ _IN_LAYER = {
     "attn_q.bias": "self_attn.q_proj.bias",
     "attn_k.bias": "self_attn.k_proj.bias",
     "attn_v.bias": "self_attn.v_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "attn_qkv.weight": "self_attn.qkv_proj.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
+}
+_IN_LAYER_OF = {  # where an architecture means another tensor
+    "phi3": {"ffn_up.weight": "mlp.gate_up_proj.weight"},
+    "gemma3": {
+        "post_attention_norm.weight": "post_attention_layernorm.weight",
+        "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+        "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    },
 }
 
 
@@ -61,7 +72,7 @@ def open_gguf(path: Path) -> Source:
         str(path),
         vocab_size=raw[EMBEDDING].shape[0],
         tie_embeddings=HEAD not in raw,
-        rope_divisors=raw.pop(ROPE_DIVISORS, None),
+        rope=RopeTensors.taken(raw),
     )
     return Source(
         path=path,
@@ -93,12 +104,15 @@ def _can_dequantize(kind: GGMLQuantizationType) -> bool:
 def _renamed(raw: Mapping[str, SourceTensor], config: ModelConfig) -> dict[str, SourceTensor]:
     """By Hugging Face's names; what has none keeps its own, for `check_complete` to refuse."""
     tensors: dict[str, SourceTensor] = {}
+    in_layer = _IN_LAYER | _IN_LAYER_OF.get(config.model_type, {})
     for name, tensor in raw.items():
         layer = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         part = layer[2] if layer else ""
-        if config.model_type == "llama" and part in ("attn_q.weight", "attn_k.weight"):
+        if config.model_type in ("llama", "mistral") and part in ("attn_q.weight", "attn_k.weight"):
             tensor = Unpermuted(tensor, config.head_dim)
-        ours = f"model.layers.{layer[1]}.{_IN_LAYER[part]}" if layer and part in _IN_LAYER else _NAMES.get(name, name)
+        if config.model_type == "gemma3" and name.endswith("norm.weight"):
+            tensor = LessOne(tensor)
+        ours = f"model.layers.{layer[1]}.{in_layer[part]}" if layer and part in in_layer else _NAMES.get(name, name)
         tensors[ours] = tensor
     return tensors
 
@@ -128,6 +142,20 @@ class QuantizedTensor:
         with np.errstate(all="ignore"):  # a damaged scale may be infinite
             values: NDArray[np.float32] = dequantize(packed.reshape(stop - start, run_bytes), self.kind)
         return values
+
+
+@dataclass(frozen=True)
+class LessOne:
+    """Gemma's norm weights, to which GGUF has added the 1 that Hugging Face leaves to the model."""
+
+    tensor: SourceTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def rows(self, start: int, stop: int) -> NDArray[np.generic]:
+        return self.tensor.rows(start, stop).astype(np.float32) - np.float32(1)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ _ADDED: dict[int, bool] = {  # types of token that text is searched for, and whe
     TokenType.UNKNOWN: True,
     TokenType.USER_DEFINED: False,
 }
+_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,19 @@ class Vocabulary:
     types: list[int]
     scores: list[float]
 
-    def added(self) -> dict[int, dict[str, Any]]:
-        """By id, the tokens that are found in a text before it is cut any further, in Hugging Face's words."""
+    def added(self, takes_space: bool = False) -> dict[int, dict[str, Any]]:
+        """By id, the tokens that are found in a text before it is cut any further, in Hugging Face's words.
+
+        `takes_space`: white space behind them belongs to them, but for Phi-3's _PLAIN.
+        """
         return {
-            i: {"content": token, "special": special, "normalized": False, "lstrip": False, "rstrip": False}
+            i: {
+                "content": token,
+                "special": special,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": takes_space and token not in _PLAIN,
+            }
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if token and (special := _ADDED.get(kind)) is not None
         }
@@ -62,6 +72,12 @@ _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Words in which capitals come first, with what follows an apostrophe or without.
+_CASED = (
+    r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{ending}"
+    r"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{ending}"
+    r"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = PreTokenizer(_TIKTOKEN.format(digits="{1,3}"), whole_words=True, add_bos=True)
 _QWEN2 = PreTokenizer(_TIKTOKEN.format(digits=""), nfc=True)
 PRE_TOKENIZERS = {
@@ -74,6 +90,9 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "dbrx": PreTokenizer(_TIKTOKEN.format(digits="{1,3}")),  # Phi-4
+    "gpt-4o": PreTokenizer(_CASED.format(ending="(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits="{1,3}")),  # Phi-4-mini
+    "tekken": PreTokenizer(_CASED.format(ending="", digits=""), whole_words=True, add_bos=True),  # Mistral Nemo, Small
 }
 
 
@@ -111,7 +130,10 @@ def tokenizer_files(metadata: Mapping[str, Any], config: ModelConfig, where: str
         "add_eos_token": add_eos,
         **{name: token for name, token in special.items() if token is not None},
         **({"chat_template": template} if isinstance(template, str) else {}),
-        "added_tokens_decoder": {str(i): token for i, token in v.added().items()},
+        # Phi-3's turns are separated by white space that its tokenizer drops; GGUF does not say so.
+        "added_tokens_decoder": {
+            str(i): token for i, token in v.added(kind == "llama" and config.model_type == "phi3").items()
+        },
     }
     return {**files, "tokenizer_config.json": json.dumps(about, ensure_ascii=False, indent=1).encode()}
 

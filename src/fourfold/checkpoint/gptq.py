@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, minus_zeros, nibbles
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, nibbles
 from fourfold.errors import CheckpointError, UnsupportedError
 
 _HARMLESS = """
@@ -47,10 +47,7 @@ def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> C
     k, n = 8 * words.shape[0], words.shape[1]
     group = checked_group(group, k, module, parts)
     scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
-    stored = nibbles(parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8)).rows(0, k // group))
-    if stored_less and (stored == 15).any():  # readers differ on what it means
-        raise UnsupportedError(f"{parts.where}: {module}.qzeros holds the zero point 16, which is not one of 4 bits")
-    zeros = (stored + np.uint8(stored_less)).astype(np.int8).T  # (N, K/G)
+    zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
     if f"{module}.g_idx" in parts:
         order = parts.take(f"{module}.g_idx", ("int32",), (k,)).rows(0, k)
         if not np.array_equal(order, np.arange(k) // group):
@@ -59,11 +56,19 @@ def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> C
                 " fourfold does not undo; use a checkpoint quantized with desc_act false"
             )
 
-    def integers(start: int, stop: int) -> NDArray[np.int8]:
-        by_output = np.ascontiguousarray(words.rows(0, k // 8)[:, start:stop].T)  # (rows, K/8)
-        return minus_zeros(nibbles(by_output), zeros[start:stop], group)
+    def codes(start: int, stop: int) -> NDArray[np.uint8]:
+        return nibbles(words.rows(0, k // 8)[:, start:stop].T)
+
+    def zeros(start: int, stop: int) -> NDArray[np.int8]:
+        first, last = start // 8, -(-stop // 8)
+        stored = nibbles(zero_words.rows(0, k // group)[:, first:last])[:, start - 8 * first : stop - 8 * first]
+        if stored_less and (stored == 15).any():  # readers differ on what it means
+            raise UnsupportedError(
+                f"{parts.where}: {module}.qzeros holds the zero point 16, which is not one of 4 bits"
+            )
+        return (stored.T + np.uint8(stored_less)).view(np.int8)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)
 
-    return IntegerTensor("GPTQ int4", (n, k), group, bool((zeros == 8).all()), integers, scale_rows)
+    return IntegerTensor("GPTQ int4", (n, k), group, codes, zeros, scale_rows)

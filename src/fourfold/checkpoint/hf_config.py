@@ -7,10 +7,15 @@ sequence: what concerns training, saving, loading, sampling defaults, or special
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from fourfold.checkpoint.fields import Fields, check
-from fourfold.config import ModelConfig, RopeScaling
+from fourfold.checkpoint.hf_rope import Rope, rope, scaling
+from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
 
 _HARMLESS = {
@@ -21,8 +26,9 @@ _HARMLESS = {
         use_bfloat16 use_cache output_attentions output_hidden_states return_dict return_dict_in_generate
         output_scores is_decoder""",
     "training": """
-        initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout dropout attn_dropout
-        attention_probs_dropout_prob hidden_dropout_prob gradient_checkpointing use_loss_mask neftune_noise_alpha""",
+        initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout resid_pdrop embd_pdrop dropout
+        attn_dropout attention_probs_dropout_prob hidden_dropout_prob gradient_checkpointing use_loss_mask
+        neftune_noise_alpha""",
     "special tokens, which the tokenizer owns": """
         pad_token_id sep_token_id mask_token_id unk_token_id cls_token_id eod_token_id decoder_start_token_id sep_token
         forced_bos_token_id forced_eos_token_id tokenizer_class""",
@@ -50,19 +56,30 @@ def model_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     model_type = f.text("model_type")
     if model_type.startswith("yuan"):
         f.refuse(_YUAN_LATER.split(), LATER_FAMILIES)
-    f.refuse({"quantization_config"}, "this asks for the shape alone; convert the checkpoint, and give the result")
+    f.refuse(
+        {"quantization_config"},
+        "only the shape is asked for here; remove the key, or convert the checkpoint and give that",
+    )
     if model_type not in _READERS:
         raise UnsupportedError(
             f"{where}: architecture {model_type!r} is not supported; fourfold runs {', '.join(_READERS)}"
         )
     reader, class_name = _READERS[model_type]
     f.only("architectures", [class_name])
-    f.only("hidden_act", "silu")
+    f.only("hidden_act", *([] if model_type.startswith("gemma3") else ["silu"]))
+    _decodes_alone(f)
+    result = reader(f)
+    f.finish(_harmless())
+    return check(result, where)
+
+
+def _decodes_alone(f: Fields) -> None:
     for key in ("is_encoder_decoder", "tie_encoder_decoder", "add_cross_attention", "chunk_size_feed_forward"):
         f.only(key, False)
-    result = reader(f)
-    f.finish(key for keys in _HARMLESS.values() for key in keys.split())
-    return check(result, where)
+
+
+def _harmless() -> list[str]:
+    return [key for keys in _HARMLESS.values() for key in keys.split()]
 
 
 def _llama(f: Fields) -> ModelConfig:
@@ -73,27 +90,62 @@ def _llama(f: Fields) -> ModelConfig:
 
 
 def _qwen2(f: Fields) -> ModelConfig:
+    _without_window(f)
+    return replace(_llama_like(f, "qwen2"), qkv_bias=True)
+
+
+def _qwen3(f: Fields) -> ModelConfig:
+    _without_window(f)
+    f.only("attention_bias", False)
+    return _llama_like(f, "qwen3", head_dim=128)
+
+
+def _without_window(f: Fields) -> None:
     f.only("use_sliding_window", False)
     f.ignore("sliding_window", "max_window_layers")  # without effect unless the window is used
-    return _llama_like(f, "qwen2", qkv_bias=True)
+
+
+def _mistral(f: Fields) -> ModelConfig:
+    config = _llama_like(f, "mistral", n_kv_heads=8, max_context=131072, eps=1e-6)
+    window = None if f.is_null("sliding_window") else f.size("sliding_window", 4096)
+    return replace(config, sliding_window=window)
+
+
+def _phi3(f: Fields) -> ModelConfig:
+    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        f.only(key, False)
+    for key in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini, where they change nothing
+        f.only(key, 1)
+    long_context = f.size("original_max_position_embeddings", 4096)
+    n_heads = f.size("num_attention_heads")
+    config = _llama_like(f, "phi3", n_kv_heads=n_heads, max_context=4096, eps=1e-5, long_context=long_context)
+    return replace(config, sliding_window=f.size("sliding_window") if "sliding_window" in f else None)
 
 
 def _llama_like(
     f: Fields,
     model_type: str,
     *,
-    qkv_bias: bool = False,
     n_kv_heads: int | None = None,
+    head_dim: int | None = None,
     max_context: int | None = None,
     eps: float | None = None,
+    long_context: int | None = None,
 ) -> ModelConfig:
-    """What Llama and Qwen2 share; the keywords are what the published classes assume where the file is silent."""
+    """What Llama and its kin share; the keywords are what the published classes assume where the file is silent.
+
+    `long_context`: the positions after which LongRope's second factors hold, for an architecture that may have them and
+    rotate a part of each head alone.
+    """
     if "layer_types" in f and set(f.many("layer_types", str)) != {"full_attention"}:
         raise UnsupportedError(
             f"{f.where} sets layer_types to other than full_attention, which fourfold does not support"
         )
     n_heads, dim = f.size("num_attention_heads"), f.size("hidden_size")
-    theta, scaling = _rope(f)
+    head_dim = f.size("head_dim", head_dim or _head_dim(f, dim, n_heads))
+    turns = rope(f, long_context=long_context)
+    if turns.partial != 1 and long_context is None:
+        raise UnsupportedError(f"{f.where} sets partial_rotary_factor, which fourfold does not support in {model_type}")
     return ModelConfig(
         model_type=model_type,
         vocab_size=f.size("vocab_size"),
@@ -101,17 +153,107 @@ def _llama_like(
         n_layers=f.size("num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=f.size("num_key_value_heads", n_kv_heads),
-        head_dim=f.size("head_dim", _head_dim(f, dim, n_heads)),
+        head_dim=head_dim,
         hidden_dim=f.size("intermediate_size"),
         norm_eps=f.real("rms_norm_eps", eps),
-        rope_theta=theta,
+        rope_theta=turns.theta,
         max_context=f.size("max_position_embeddings", max_context),
         tie_embeddings=f.flag("tie_word_embeddings", False),
-        qkv_bias=qkv_bias,
-        rope_scaling=scaling,
+        rope_scaling=turns.scaling,
+        rotary_dim=None if turns.partial == 1 else int(head_dim * turns.partial),
         bos_id=next(iter(f.ids("bos_token_id")), None),
         eos_ids=f.ids("eos_token_id"),
     )
+
+
+def _gemma3(f: Fields) -> ModelConfig:
+    """The text part of a model that also sees: its images are nothing that fourfold takes."""
+    text = f.fields("text_config")
+    text.only("model_type", "gemma3_text")
+    text.only("architectures", ["Gemma3ForCausalLM"], ["Gemma3TextModel"])
+    _decodes_alone(text)
+    f.only("tie_word_embeddings", text.flag("tie_word_embeddings", True))
+    f.ignore("vision_config", "mm_tokens_per_image")
+    f.ignore(*(f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("index", "id")))
+    dtype = f.text("dtype", f.text("torch_dtype", ""))
+    config = _gemma3_text(text, dtype)
+    text.finish(_harmless())
+    return replace(config, eos_ids=f.ids("eos_token_id") or config.eos_ids)
+
+
+def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:
+    """What a file leaves out is as Transformers' Gemma3TextConfig has it."""
+    f.only("hidden_activation", "gelu_pytorch_tanh")
+    for key in ("attention_bias", "use_bidirectional_attention"):
+        f.only(key, False)
+    f.refuse(("attn_logit_softcapping", "final_logit_softcapping"), "fourfold caps neither scores nor logits")
+    f.ignore("cache_implementation")  # where Transformers keeps keys and values
+    n_layers, dim, head_dim = f.size("num_hidden_layers", 26), f.size("hidden_size", 2304), f.size("head_dim", 256)
+    window, global_every = f.size("sliding_window", 4096), _global_every(f, n_layers)
+    turns, local_theta = _gemma3_ropes(f)
+    dtype = f.text("dtype", f.text("torch_dtype", dtype or "float32"))
+    return ModelConfig(
+        model_type="gemma3",
+        vocab_size=f.size("vocab_size", 262208),
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=f.size("num_attention_heads", 8),
+        n_kv_heads=f.size("num_key_value_heads", 4),
+        head_dim=head_dim,
+        hidden_dim=f.size("intermediate_size", 9216),
+        norm_eps=f.real("rms_norm_eps", 1e-6),
+        rope_theta=turns.theta,
+        max_context=f.size("max_position_embeddings", 131072),
+        tie_embeddings=f.flag("tie_word_embeddings", True),
+        rope_scaling=turns.scaling,
+        sliding_window=None if global_every == 1 else window,
+        global_every=global_every,
+        local_rope_theta=local_theta,
+        attention_scale=f.real("query_pre_attn_scalar", 256) ** -0.5,
+        embed_scale=_rounded(dim**0.5, dtype, f.where),
+        bos_id=next(iter(f.ids("bos_token_id")), 2),
+        eos_ids=f.ids("eos_token_id") or (1,),
+    )
+
+
+def _global_every(f: Fields, n_layers: int) -> int:
+    """Every so many layers one sees all positions: 1 where all do, 0 where none does."""
+    pattern = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
+    if "layer_types" not in f:
+        return pattern
+    types = f.many("layer_types", str)
+    period = types.index("full_attention") + 1 if "full_attention" in types else 0
+    if types != [
+        "full_attention" if period and (i + 1) % period == 0 else "sliding_attention" for i in range(n_layers)
+    ]:
+        raise UnsupportedError(
+            f"{f.where} sets layer_types so that it is not every so many of {n_layers} layers that is full_attention"
+            " and the others sliding_attention, which fourfold does not support"
+        )
+    return period
+
+
+def _gemma3_ropes(f: Fields) -> tuple[Rope, float]:
+    """Of global layers, and the base of local ones: in the newer files each has its own `rope_parameters`."""
+    if "rope_parameters" not in f:
+        local_theta = f.real("rope_local_base_freq", 10000.0)
+        return Rope(f.real("rope_theta", 1e6), scaling(f, f.fields("rope_scaling")), 1.0), local_theta
+    f.refuse(("rope_theta", "rope_local_base_freq", "rope_scaling"), "rope_parameters is there too")
+    both = f.fields("rope_parameters")
+    of_all, of_local = both.fields("full_attention"), both.fields("sliding_attention")
+    both.finish()
+    of_local.only("rope_type", "default")
+    thetas = of_all.real("rope_theta", 1e6), of_local.real("rope_theta", 10000.0)
+    of_local.finish()
+    return Rope(thetas[0], scaling(f, of_all), 1.0), thetas[1]
+
+
+def _rounded(x: float, dtype: str, where: str) -> float:
+    """As Transformers has it, which keeps this factor in the type of the model's weights."""
+    types = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+    if dtype not in types:
+        raise UnsupportedError(f"{where} sets dtype to {dtype!r}; fourfold knows {', '.join(types)}")
+    return float(types[dtype](x))
 
 
 def _yuan(f: Fields) -> ModelConfig:
@@ -150,32 +292,13 @@ def _head_dim(f: Fields, dim: int, n_heads: int) -> int:
     return dim // n_heads or 1
 
 
-def _rope(f: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: `rope_theta` with `rope_scaling`, or `rope_parameters`, which is the newer name of both."""
-    f.only("partial_rotary_factor", 1)
-    if "rope_scaling" in f and "rope_parameters" in f:
-        raise CheckpointError(f"{f.where} sets both rope_scaling and rope_parameters; only one of them can hold")
-    r = f.fields("rope_parameters" if "rope_parameters" in f else "rope_scaling")
-    if "rope_theta" in f and "rope_theta" in r and f.real("rope_theta") != r.real("rope_theta"):
-        raise CheckpointError(f"{f.where} sets rope_theta twice, to different values")
-    theta = r.real("rope_theta", f.real("rope_theta", 10000.0))
-    r.only("partial_rotary_factor", 1)
-    for key in ("rope_type", "type"):
-        r.only(key, "default", "llama3")
-    scaling = None
-    if "llama3" in (r.text("rope_type", "default"), r.text("type", "default")):
-        scaling = RopeScaling(
-            factor=r.real("factor"),
-            low_freq_factor=r.real("low_freq_factor"),
-            high_freq_factor=r.real("high_freq_factor"),
-            original_context=r.size("original_max_position_embeddings"),
-        )
-    r.finish()
-    return theta, scaling
-
-
 _READERS: dict[str, tuple[Callable[[Fields], ModelConfig], str]] = {
     "llama": (_llama, "LlamaForCausalLM"),
+    "mistral": (_mistral, "MistralForCausalLM"),
     "qwen2": (_qwen2, "Qwen2ForCausalLM"),
+    "qwen3": (_qwen3, "Qwen3ForCausalLM"),
+    "phi3": (_phi3, "Phi3ForCausalLM"),
+    "gemma3_text": (_gemma3_text, "Gemma3ForCausalLM"),
+    "gemma3": (_gemma3, "Gemma3ForConditionalGeneration"),
     "yuan": (_yuan, "YuanForCausalLM"),
 }

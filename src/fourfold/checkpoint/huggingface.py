@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerp
 from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
+from fourfold.models import weight_specs
 
 if TYPE_CHECKING:
     from fourfold.models.rows import SourceTensor
@@ -76,6 +78,8 @@ def open_huggingface(path: Path) -> Source:
         for name in found.keys() - listed if listed else ():
             raise CheckpointError(f"{shard} holds the tensor {name}, which {form.index} does not place there")
         tensors |= found
+    if fields["model_type"] == "gemma3":
+        tensors = _text_part(tensors)
     tensors = _decoded(quantization, tensors, config, path)
     tokenizer = find_tokenizer([path])
     return Source(
@@ -107,6 +111,8 @@ def _decoded(
         if not coded:
             raise CheckpointError(f"{quantization.where} says {method}, but {path} has none of its tensors")
         rest = {name: tensor for name, tensor in rest.items() if name in parts or name not in mapped} | coded
+        for name in _empty_biases(rest, coded, config):
+            del rest[name]
         if config.tie_embeddings and HEAD in coded:
             raise UnsupportedError(f"{path} quantizes {HEAD}, though its config.json ties it to the embedding")
     for name, tensor in rest.items():
@@ -117,6 +123,15 @@ def _decoded(
                 " of a quantization_config"
             )
     return rest
+
+
+def _empty_biases(
+    tensors: Mapping[str, SourceTensor], coded: Mapping[str, CodedTensor], config: ModelConfig
+) -> list[str]:
+    """Biases of zeros that a quantized linear was given though the model has none, as older AutoGPTQ did."""
+    needed = {name for spec in weight_specs(config) for name in spec.rows.names}
+    biases = [bias for name in coded if (bias := f"{name.removesuffix('weight')}bias") in tensors.keys() - needed]
+    return [bias for bias in biases if not np.any(tensors[bias].rows(0, tensors[bias].shape[0]))]
 
 
 def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
@@ -181,6 +196,21 @@ def _indexed(path: Path, form: _Form) -> dict[Path, set[str]]:
             raise CheckpointError(f"{file} places the tensor {name} in {shard!r}, which is not a file beside it")
         shards.setdefault(path / shard, set()).add(name)
     return shards
+
+
+_SEES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def _text_part(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """Of Gemma 3 that also sees: what speaks, by the names that a model has that speaks alone."""
+
+    def name(theirs: str) -> str:
+        for prefix in ("language_model.model.", "model.language_model."):
+            if theirs.startswith(prefix):
+                return "model." + theirs.removeprefix(prefix)
+        return theirs.removeprefix("language_model.")
+
+    return {name(theirs): tensor for theirs, tensor in tensors.items() if not _SEES.match(theirs)}
 
 
 def _with_generation_eos(config: ModelConfig, file: Path) -> ModelConfig:

@@ -28,20 +28,20 @@ INT8_STEPS = 127  # int8 is code / 127
 class IntegerTensor(CodedTensor):
     """Weights that are a scale times a small integer: scale · (code - zero point), each of 4 bits.
 
-    `read_integers(start, stop)` gives code - zero point of rows, int8 (stop - start, K), all from -15 to 15;
-    `read_scales` float32 (stop - start, K / group). `is_centred` where every zero point is 8.
+    Of rows [start, stop), `read_codes` gives uint8 (stop - start, K), `read_zeros` int8 (stop - start, K / group), both
+    from 0 to 15, and `read_scales` float32 (stop - start, K / group).
     """
 
     origin: str
     shape: tuple[int, int]
     group: int  # inputs that share a scale; divides K
-    is_centred: bool
-    read_integers: Callable[[int, int], NDArray[np.int8]]
+    read_codes: Callable[[int, int], NDArray[np.uint8]]
+    read_zeros: Callable[[int, int], NDArray[np.int8]]
     read_scales: Callable[[int, int], NDArray[np.float32]]
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         scales = np.repeat(self.read_scales(start, stop), self.group, axis=1)
-        return self.read_integers(start, stop).astype(np.float32) * scales
+        return self._integers(start, stop).astype(np.float32) * scales
 
     @cached_property
     def formats(self) -> tuple[WeightFormat, ...]:
@@ -55,7 +55,7 @@ class IntegerTensor(CodedTensor):
 
     def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
         assert fmt in self.formats
-        integers = self.read_integers(start, stop)
+        integers = self._integers(start, stop)
         scales = np.repeat(self.read_scales(start, stop), self.group // TILE_K, axis=1)
         rows = np.empty(stop - start, block_type(self.shape[1]))
         if fmt == "int8":
@@ -70,14 +70,21 @@ class IntegerTensor(CodedTensor):
         rows["scales"] = scales * sign * np.float32(INT4_OFFSET)
         return rows
 
+    def _integers(self, start: int, stop: int) -> NDArray[np.int8]:
+        """Codes less their zero points, from -15 to 15."""
+        n, k = stop - start, self.shape[1]
+        grouped = self.read_codes(start, stop).view(np.int8).reshape(n, k // self.group, self.group)
+        return (grouped - self.read_zeros(start, stop)[..., None]).reshape(n, k)
+
     def _fits_int4(self) -> bool:
         """Whether each block lies in -8..7 or, mirrored, in -7..8."""
-        if self.is_centred:
-            return True
         n, k = self.shape
         step = max(1, SCAN_WEIGHTS // k)
         for start in range(0, n, step):  # one that does not fit does so soon
-            blocks = self.read_integers(start, min(start + step, n)).reshape(-1, TILE_K)
+            stop = min(start + step, n)
+            if np.isin(self.read_zeros(start, stop), (7, 8)).all():
+                continue  # whatever the codes are
+            blocks = self._integers(start, stop).reshape(-1, TILE_K)
             least, most = blocks.min(axis=1), blocks.max(axis=1)
             if not (((least >= -8) & (most <= 7)) | ((least >= -7) & (most <= 8))).all():
                 return False
@@ -90,12 +97,6 @@ def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
     if k % group:
         raise CheckpointError(f"{parts.where}: {module} has {k} inputs, which groups of {group} do not divide evenly")
     return group
-
-
-def minus_zeros(codes: NDArray[np.uint8], zeros: NDArray[np.int8], group: int) -> NDArray[np.int8]:
-    """Codes (rows, K) less their groups' zero points (rows, K/G), both from 0 to 15: int8 (rows, K)."""
-    grouped = codes.view(np.int8).reshape(len(codes), codes.shape[1] // group, group)
-    return (grouped - zeros[..., None]).reshape(codes.shape)
 
 
 def nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:

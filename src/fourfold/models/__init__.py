@@ -8,7 +8,7 @@ from fourfold.config import ModelConfig
 from fourfold.errors import UnsupportedError
 from fourfold.models.spec import Architecture, WeightSpec
 
-MODEL_TYPES = ("llama", "qwen2", "yuan")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "yuan")
 
 __all__ = ["MODEL_TYPES", "Architecture", "WeightSpec", "architecture", "weight_specs"]
 

@@ -1,4 +1,7 @@
-"""Llama: pre-norm, rotary attention with grouped heads, SiLU-gated feed-forward. Qwen2 adds biases to q, k and v."""
+"""Llama: pre-norm, rotary attention with grouped heads, SiLU-gated feed-forward.
+
+Qwen2 adds biases to q, k and v, Qwen3 a norm of every head of q and k, Mistral a window; Phi-3 stores it in other rows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from fourfold.models.spec import WeightSpec
 from fourfold.program import ProgramBuilder
 
 
-def weight_specs(c: ModelConfig) -> list[WeightSpec]:
+def weight_specs(c: ModelConfig, *, head_norms: bool = False) -> list[WeightSpec]:
     """Hugging Face names on the right; shapes (N, K) or (N,)."""
 
     def weight(name: str, source: str, *shape: int) -> WeightSpec:
@@ -23,6 +26,8 @@ def weight_specs(c: ModelConfig) -> list[WeightSpec]:
             specs.append(weight(f"{ours}.{part}", f"{theirs}.self_attn.{part}_proj.weight", n, c.dim))
             if c.qkv_bias:
                 specs.append(weight(f"{ours}.{part}_bias", f"{theirs}.self_attn.{part}_proj.bias", n))
+        for part in ("q_norm", "k_norm") if head_norms else ():
+            specs.append(weight(f"{ours}.{part}", f"{theirs}.self_attn.{part}.weight", c.head_dim))
         specs += [
             weight(f"{ours}.o", f"{theirs}.self_attn.o_proj.weight", c.dim, q_dim),
             weight(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm.weight", c.dim),
@@ -36,7 +41,7 @@ def weight_specs(c: ModelConfig) -> list[WeightSpec]:
     return specs
 
 
-def describe(c: ModelConfig, p: ProgramBuilder) -> None:
+def describe(c: ModelConfig, p: ProgramBuilder, *, head_norms: bool = False) -> None:
     """The walk of one token."""
     heads, kv_heads, hidden = p.heads(), p.kv_heads(), p.split(c.hidden_dim)
     x = p.embed("embed")
@@ -45,7 +50,7 @@ def describe(c: ModelConfig, p: ProgramBuilder) -> None:
         h = p.norm(x, f"{w}.attention_norm")
         biases = [f"{w}.{part}_bias" if c.qkv_bias else None for part in "qkv"]
         q, k, v = p.linear(h, [f"{w}.q", f"{w}.k", f"{w}.v"], rows=[heads, kv_heads, kv_heads], biases=biases)
-        a = p.attend(q, k, v, layer=i)
+        a = p.attend(q, k, v, layer=i, head_norms=(f"{w}.q_norm", f"{w}.k_norm") if head_norms else None)
         p.add_linear(x, a, f"{w}.o", inputs=heads)
         h = p.norm(x, f"{w}.mlp_norm")
         gate, up = p.linear(h, [f"{w}.gate", f"{w}.up"], rows=[hidden, hidden])

@@ -13,7 +13,7 @@ from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import FORMATS, KV_FORMATS, KVFormat, ModelConfig, WeightFormat
 from fourfold.engine import usable_context
 from fourfold.errors import UnsupportedError, UserError
-from fourfold.footprint import F32, PAGE
+from fourfold.footprint import PAGE
 from fourfold.keep import DEFAULT_FORMAT
 from fourfold.locate import BUNDLED, fourfold_format, known_config, source_path
 from fourfold.machine import MAX_RANKS, RankPlan, plan_ranks, read_machine
@@ -23,6 +23,7 @@ from fourfold.plan.machines import PlannedMachine, load_machine
 from fourfold.plan.times import Clock, Decode
 from fourfold.plan.work import Work, count_work, write_program
 from fourfold.program import cut_heads
+from fourfold.rotary import table_bytes
 
 PROMPT_TOKENS = 512
 MAX_PROMPT_TOKENS = 1 << 20
@@ -202,7 +203,7 @@ class _Question:
 
     def _fits(self, on: Sequence[RankPlan], work: Work, context: int) -> bool:
         """As the engine asks before it loads: all together, and node by node."""
-        need, rope = work.footprint, context * self.subject.config.head_dim * F32
+        need, rope = work.footprint, table_bytes(self.subject.config, context)
         held = need.rank(context)
         if sum(held) + rope > sum(node.memory_gb for node in self.machine.nodes) * 1e9:
             return False

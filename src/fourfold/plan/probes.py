@@ -73,7 +73,7 @@ class Bench:
     def embed(self, program: Any, width: int) -> int:
         """A buffer that each step begins by writing."""
         buffer = int(program.add_buffer([width] * self.n_ranks, False))
-        program.add_embed(program.add_weight(self.weight(TILE_N, width, *self.panels(TILE_N, width))), buffer)
+        program.add_embed(program.add_weight(self.weight(TILE_N, width, *self.panels(TILE_N, width))), 1.0, buffer)
         return buffer
 
 
@@ -161,12 +161,12 @@ class Attention:
         n_pages = n_positions // PAGE
         program = bench.program(max_tokens=tokens, head_dim=head_dim, n_pages=n_pages, n_slots=FILL_TEXTS)
         bench.embed(program, NARROW)
-        program.set_rope(*(np.full((n_positions, head_dim // 2), value, np.float32) for value in (1.0, 0.0)))
+        program.add_rotary(*(np.full((n_positions, head_dim // 2), value, np.float32) for value in (1.0, 0.0)))
         q, y = (program.add_buffer(heads.q.widths, False) for _ in range(2))
         k, v = (program.add_buffer(heads.kv.widths, False) for _ in range(2))
         for layer in range(n_layers):
-            program.add_cache(layer, q, k, v)
-            program.add_attend(layer, q, heads.kv_of_head, y)
+            program.add_cache(layer, q, k, v, rotary=0)
+            program.add_attend(layer, q, heads.kv_of_head, y, scale=head_dim**-0.5)
         program.finish()
         everything = np.arange(n_pages, dtype=np.int32)[None]
 

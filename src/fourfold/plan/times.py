@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import fourfold._core as _core
+from fourfold.config import seen
 from fourfold.engine import MAX_STEP_TOKENS
 from fourfold.machine import RankPlan
 from fourfold.plan.machines import PlannedMachine
@@ -79,9 +80,12 @@ class Clock:
                 reduction += us + count * self._meeting_us(1)
             else:
                 overhead += us
-        kv_us, heads_us = self._attention_us(position, cached)
-        overhead += a.step_us + work.n_layers * (2 * a.op_us + heads_us)
-        parts = (reading, work.n_layers * kv_us, reduction, overhead)
+        overhead += a.step_us + work.n_layers * 2 * a.op_us
+        kv = 0.0
+        for window, count in work.windows.items():
+            kv_us, heads_us = self._attention_us(seen(window, position), cached)
+            kv, overhead = kv + count * kv_us, overhead + count * heads_us
+        parts = (reading, kv, reduction, overhead)
         weights, kv, reduction, overhead = (us * self._turns / 1e3 for us in parts)
         return Decode(weights, kv, reduction, overhead)
 
@@ -96,13 +100,13 @@ class Clock:
 
     def read_gb(self, position: int) -> tuple[float, float]:
         """GB of weights and of KV cache that one token reads, all ranks together."""
-        return sum(self._work.read_bytes) / 1e9, position * self._work.n_layers * sum(self._work.kv_layer_bytes) / 1e9
+        return sum(self._work.read_bytes) / 1e9, self._work.seen(position) * sum(self._work.kv_layer_bytes) / 1e9
 
     def _cached_share(self, position: int) -> float:
         """How much of what a token reads is still in the last-level caches from the token before."""
         shares = []
         for rank in self._ranks:
-            step = self._work.read_bytes[rank] + position * self._work.n_layers * self._work.kv_layer_bytes[rank]
+            step = self._work.read_bytes[rank] + self._work.seen(position) * self._work.kv_layer_bytes[rank]
             filled = step * self._on_node[rank] / (self._nodes[rank].cache_mb * 1e6)
             shares.append((NOT_CACHED_FROM - filled) / (NOT_CACHED_FROM - CACHED_UP_TO))
         return min(1.0, max(0.0, min(shares)))
@@ -172,18 +176,18 @@ class Clock:
                 reduction += us + count * self._meeting_us(rows)
             else:
                 overhead += us
-        seen = sum(range(start + 1, start + rows + 1))
+        n_seen = sum(work.seen(position) + work.n_layers for position in range(start, start + rows))
         attention = max(
             4.0
             * work.heads[rank]
             * work.head_dim
-            * seen
+            * n_seen
             / self._threads[rank]
             / (self._thread_flop_us(rank) * a.attention)
             for rank in self._ranks
         )
         overhead += a.step_us + 2 * work.n_layers * a.op_us
-        return matrices, work.n_layers * attention, reduction, overhead
+        return matrices, attention, reduction, overhead
 
     def _thread_flop_us(self, rank: int) -> float:
         """Peak FLOP of one thread in a microsecond."""

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import fourfold._core as _core
 from fourfold import models
-from fourfold.config import KVFormat, ModelConfig, WeightFormat
+from fourfold.config import KVFormat, ModelConfig, WeightFormat, seen
 from fourfold.engine import MAX_STEP_TOKENS
 from fourfold.footprint import HUGE_PAGE, PAGE, Footprint, footprint, slice_bytes
 from fourfold.format import n_panels
@@ -46,12 +46,20 @@ class Work:
     footprint: Footprint
     linears: Mapping[LinearWork, int]  # how many there are of each: layers are alike
     vectors: Mapping[VectorWork, int]
-    n_layers: int
+    windows: Mapping[int | None, int]  # how many layers see so many positions; None: all
     dim: int
     head_dim: int
     heads: tuple[int, ...]  # query heads
     kv_layer_bytes: tuple[float, ...]  # KV cache of a position in one layer
     attend_chunk: int  # positions that one thread attends to at a time, where heads are few
+
+    @property
+    def n_layers(self) -> int:
+        return sum(self.windows.values())
+
+    def seen(self, position: int) -> int:
+        """Positions before this one that a token there sees, summed over the layers."""
+        return sum(count * seen(window, position) for window, count in self.windows.items())
 
     @cached_property
     def read_bytes(self) -> tuple[int, ...]:
@@ -89,7 +97,7 @@ def count_work(
         footprint=need,
         linears=linears,
         vectors=Counter(_vector(op, builder.n_ranks) for op in vectors),
-        n_layers=config.n_layers,
+        windows=Counter(config.window(layer) for layer in range(config.n_layers)),
         dim=config.dim,
         head_dim=config.head_dim,
         heads=tuple(width // config.head_dim for width in builder.heads().widths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fourfold.matrix import QuantizedMatrix, check_format, quantize
 from fourfold.torch.direct import is_unobserved, multiply
 from fourfold.torch.ops import weight_shapes
 
-FORMAT_BYTES = 4  # the longest name of a format, as ASCII
+FORMAT_BYTES = 8  # no shorter than the longest name of a format, as ASCII
 
 
 class Linear(nn.Linear):
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
     - `weight` uint8 (P, bytes of a panel): 16 outputs a panel, docs/format.md;
     - `weight_scale` uint8 (P, 4): each panel's float32 scale, as bytes, so that no cast of the model reaches it
       (formats with scales only);
-    - `weight_format` uint8 (4,): the format's name in ASCII, so that weights are never read as what they are not;
+    - `weight_format` uint8 (8,): the format's name in ASCII, so that weights are never read as what they are not;
     - `bias` (N,), or None.
 
     None but the bias can have a gradient. `Linear(K, N)` is empty (zero bytes), to be loaded into; `from_float`
@@ -58,7 +58,7 @@ class Linear(nn.Linear):
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, *, format: str = "nf4") -> Linear:
+    def from_float(cls, linear: nn.Linear, *, format: str = "nf4") -> Self:
         """The same linear, quantized; its bias is shared. Raises UserError where a weight is not finite."""
         if linear.weight.device.type != "cpu":
             raise UserError(f"weights are quantized on the CPU; this linear's are on {linear.weight.device}")
@@ -68,7 +68,7 @@ class Linear(nn.Linear):
         return made
 
     @classmethod
-    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Linear:
+    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None = None) -> Self:
         """A linear over a matrix's own memory."""
         n, k = matrix.shape
         made = cls(k, n, bias=False, device="meta", format=matrix.format)

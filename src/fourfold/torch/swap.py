@@ -11,6 +11,7 @@ from fourfold.matrix import check_format
 from fourfold.torch.linear import Linear
 
 Choice = Callable[[str, nn.Linear], bool]
+Make = Callable[[nn.Module], nn.Module]
 
 
 def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = None) -> nn.Module:
@@ -27,26 +28,43 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     check_format(format)
     if type(model) is nn.Linear:
         raise UserError("a linear cannot be exchanged inside itself; use Linear.from_float")
-    places = _places(model, choose)
+
+    def make(linear: nn.Module) -> nn.Module:
+        return Linear.from_float(linear, format=format)
+
+    def maker(name: str, module: nn.Module) -> Make | None:
+        return make if type(module) is nn.Linear and (choose is None or choose(name, module)) else None
+
+    return exchange_(model, maker)
+
+
+def exchange_(model: nn.Module, maker: Callable[[str, nn.Module], Make | None]) -> nn.Module:
+    """Exchanges the modules inside `model` for which `maker(name, module)` says how, and returns the model.
+
+    One at a time: nothing here holds a module once it has been exchanged. One that stands in two places is one
+    afterwards too. What goes wrong with one is raised with its name.
+    """
+    places = _places(model, maker)
     while places:
-        linear, where = places.popitem()
+        module, (make, where) = places.popitem()
         try:
-            made = Linear.from_float(linear, format=format)
+            made = make(module)
         except UserError as error:
-            raise UserError(f"{where[0][1]} of {type(where[0][0]).__name__}: {error}") from None
+            raise type(error)(f"{where[0][1]} of {type(where[0][0]).__name__}: {error}") from None
         for parent, name in where:
             setattr(parent, name, made)
-        del linear
+        del module
     return model
 
 
-def _places(model: nn.Module, choose: Choice | None) -> dict[nn.Linear, list[tuple[nn.Module, str]]]:
-    """Every linear that is to be exchanged, with the parents that hold it and its names there."""
-    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+_Places = dict[nn.Module, tuple[Make, list[tuple[nn.Module, str]]]]
+
+
+def _places(model: nn.Module, maker: Callable[[str, nn.Module], Make | None]) -> _Places:
+    """Every module that is to be exchanged, with the parents that hold it and its names there."""
+    places: _Places = {}
     for parent_name, parent in model.named_modules():
-        for name, child in parent._modules.items():  # named_children would show a linear of two names once
-            if type(child) is not nn.Linear:
-                continue
-            if choose is None or choose(f"{parent_name}.{name}".lstrip("."), child):
-                places.setdefault(child, []).append((parent, name))
+        for name, child in parent._modules.items():  # named_children would show a module of two names once
+            if child is not None and (make := maker(f"{parent_name}.{name}".lstrip("."), child)):
+                places.setdefault(child, (make, []))[1].append((parent, name))
     return places

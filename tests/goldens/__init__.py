@@ -1,0 +1,1 @@
+"""Logits of tiny models as Transformers computes them; `models` says which models, `__main__` computes them anew."""

@@ -137,9 +137,9 @@ class FourfoldQuantizer(HfQuantizer):
         return empty
 
     def _format(self, name: str) -> str:
-        head: str | None = self.quantization_config.head
-        format: str = self.quantization_config.format
-        return head if head is not None and name == self._head else format
+        config = self.quantization_config
+        format: str = config.head if config.head is not None and name == self._head else config.format
+        return format
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
@@ -177,7 +177,7 @@ def _head_of(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head:
-            return name
+            return str(name)
     raise UserError(f"{type(model).__name__} has no output head to be quantized")
 
 

@@ -39,7 +39,8 @@ def _bitsandbytes() -> Any:
 
 METHODS: Mapping[str, Callable[[], Any]] = {
     "fourfold": _fourfold,
-    "fourfold-head": lambda: _fourfold(modules_to_not_convert=[]),
+    "fourfold-head-int8": lambda: _fourfold(head="int8"),
+    "fourfold-head-nf4": lambda: _fourfold(modules_to_not_convert=[]),
     "bitsandbytes": _bitsandbytes,
     "none": lambda: None,
 }

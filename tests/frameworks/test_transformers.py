@@ -34,7 +34,8 @@ IDS = torch.arange(1, 13).view(2, 6)
 # Tied heads and others; biases; experts, transposed and with biases too; Conv1D; an encoder; an encoder and a decoder.
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (AutoModelForCausalLM, {**EXPERTS, "tie_word_embeddings": True}),
-    "qwen2": (AutoModelForCausalLM, EXPERTS),
+    "gemma3_text": (AutoModelForCausalLM, EXPERTS),  # its embedding is scaled, so it keeps one of its own
+    "qwen2": (AutoModelForCausalLM, {**EXPERTS, "tie_word_embeddings": False}),
     "mixtral": (AutoModelForCausalLM, {**EXPERTS, "num_local_experts": 4}),
     "qwen3_moe": (
         AutoModelForCausalLM,
@@ -147,17 +148,43 @@ def test_it_generates_in_any_dtype_from_several_files(
         assert int(model(text[:, :-1]).logits[0, -1].argmax()) == int(text[0, -1])
 
 
-def test_a_tied_head_keeps_its_embedding_and_gets_a_copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_tied_head_stays_tied(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     kept = load(checkpoint("llama"), config=FourfoldConfig())
     assert kept.lm_head.weight is kept.model.embed_tokens.weight
-    copied = load(checkpoint("llama"), config=FourfoldConfig("int8", []))
-    assert torch.equal(copied.model.embed_tokens.weight, kept.model.embed_tokens.weight)
-    embedding = copied.model.embed_tokens.weight.detach()
-    error = (copied.lm_head.dequantize() - embedding).abs().max()
-    assert 0 < float(error) < 0.01 * float(embedding.abs().max())
-    copied.tie_weights()  # what resizing an embedding does, among others
-    assert isinstance(copied.lm_head, Linear)
-    assert copied.lm_head.weight.dtype == torch.uint8
+    embedding = kept.model.embed_tokens.weight.detach()
+    plain = load(checkpoint("llama"), config=FourfoldConfig("f32", ["lm_head"]))
+    model = load(checkpoint("llama"), config=FourfoldConfig("f32", head="int8"), dtype=torch.bfloat16)
+    assert model.lm_head.format == "int8"
+    rows = model.model.embed_tokens(IDS)
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, model.lm_head.dequantize()[IDS].bfloat16())
+    assert 0 < float((rows - embedding[IDS]).abs().max()) < 0.02 * float(embedding.abs().max())
+    torch.testing.assert_close(
+        logits(model).float(), logits(plain), rtol=0, atol=0.05 * float(logits(plain).abs().max())
+    )
+    assert model.get_memory_footprint() < kept.get_memory_footprint() * 4  # one matrix of head and embedding
+    with pytest.raises(UserError, match=r"ids must be in 0\.\.127; they reach from 0 to 128"):
+        model.model.embed_tokens(torch.tensor([0, 128]))
+    model.tie_weights()  # what resizing an embedding does, among others
+    assert isinstance(model.lm_head, Linear)
+    model.save_pretrained(tmp_path)
+    assert not any("embed_tokens" in name for name in load_file(tmp_path / "model.safetensors"))
+    again = load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert again.to(torch.float16).model.embed_tokens(IDS).dtype == torch.float16
+    again.dequantize()
+    assert again.model.embed_tokens.weight.shape == embedding.shape
+
+
+def test_a_head_with_a_format_of_its_own_must_be_there_and_wanted(checkpoint: Callable[[str], Path]) -> None:
+    model = load(checkpoint("qwen2"), "qwen2", FourfoldConfig("nf4", head="bf16"))
+    assert {name: linear.format for name, linear in linears(model).items() if linear.format != "nf4"} == {
+        "lm_head": "bf16"
+    }
+    with pytest.raises(UserError, match="lm_head is to be left by modules_to_not_convert, and quantized by head"):
+        load(checkpoint("llama"), config=FourfoldConfig("nf4", ["lm_head"], head="int8"))
+    with pytest.raises(UserError, match="LlamaModel has no output head to be quantized"):
+        transformers.AutoModel.from_pretrained(checkpoint("llama"), quantization_config=FourfoldConfig(head="int8"))
 
 
 def test_named_modules_stay_as_they_are(checkpoint: Callable[[str], Path]) -> None:

@@ -21,8 +21,11 @@ class FourfoldConfig(QuantizationConfigMixin):
     - `format`: nf4 (default), int4, fp4, int8, bf16, f32: any that docs/format.md describes.
     - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
       beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
-      methods do. A list takes the place of that: with [] the head is quantized too, and where it is tied, the
-      embedding keeps its weights and the head gets a quantized copy.
+      methods do. A list takes the place of that: with [] the head is quantized like everything else.
+    - `head`: a format for the output head alone, None to leave it to `modules_to_not_convert`. In int8 it is as good as
+      unquantized, and read in half the time.
+
+    An embedding that is tied to a quantized head is read from it, so that there is one matrix still.
 
     Raises UserError for an unknown format or key, and for patterns that are none.
     """
@@ -31,19 +34,26 @@ class FourfoldConfig(QuantizationConfigMixin):
         self,
         format: str = "nf4",
         modules_to_not_convert: list[str] | None = None,
+        head: str | None = None,
         *,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         if unknown:
             raise UserError(
-                f"a FourfoldConfig has no {', '.join(sorted(unknown))}; it has format and modules_to_not_convert"
+                f"a FourfoldConfig has no {', '.join(sorted(unknown))}; it has format, modules_to_not_convert and head"
             )
         if quant_method != METHOD:
             raise UserError(f"a FourfoldConfig's quant_method is {METHOD!r}, not {quant_method!r}")
         self.quant_method = METHOD
-        self.format = check_format(format)
+        self.format: str = check_format(format)
         self.modules_to_not_convert = _checked(modules_to_not_convert)
+        self.head: str | None = None if head is None else check_format(head)
+
+    @property
+    def formats(self) -> set[str]:
+        """Those that a model has."""
+        return {self.format} | ({self.head} if self.head else set())
 
 
 def _checked(patterns: Any) -> list[str] | None:

@@ -48,6 +48,11 @@ def is_quantized_experts(module: nn.Module, tensor: str) -> bool:
     return tensor in getattr(module, _MARK, _NOTHING).shapes
 
 
+def experts_format(module: nn.Module) -> str:
+    """Of quantized experts."""
+    return cast(QuantizedExperts, getattr(module, _MARK)).format
+
+
 def prepare_experts(module: nn.Module, format: str) -> None:
     """Exchanges a module's tensors for empty ones of the format, on the meta device, to be loaded into."""
     shapes = {}

@@ -13,7 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from fourfold.errors import CheckpointError, UserError
 from fourfold.matrix import quantize
 from fourfold.torch.linear import Linear
-from fourfold.transformers.experts import is_quantized_experts, quantize_experts
+from fourfold.transformers.experts import experts_format, is_quantized_experts, quantize_experts
 
 FORMAT_SUFFIX = "weight_format"
 READ = "_is_hf_initialized"  # what Transformers marks tensors with that it has read, and modules that need no more
@@ -55,20 +55,19 @@ def _parts(path: str, weight: Tensor, format: str) -> dict[str, Tensor]:
     return {f"{path}.{name}": tensor for name, tensor in quantized.state_dict().items()}
 
 
-def check_files(files: Sequence[str], format: str) -> None:
+def check_files(files: Sequence[str], formats: set[str]) -> None:
     """Raises CheckpointError where a saved model's files are not what its config says."""
     for file in files:
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{file} is no safetensors file; fourfold's weights are kept in nothing else")
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                if name.endswith(FORMAT_SUFFIX) and (found := _text(tensors.get_tensor(name))) != format:
-                    which = f"{name.removesuffix(FORMAT_SUFFIX)}weight"
-                    raise CheckpointError(f"config.json says that the weights are {format}, and {which} is {found}")
+                if name.endswith(FORMAT_SUFFIX) and (found := _text(tensors.get_tensor(name))) not in formats:
+                    raise _disagree(name.removesuffix(FORMAT_SUFFIX), " or ".join(sorted(formats)), found)
 
 
 def check_all_read(model: nn.Module) -> None:
-    """Raises CheckpointError where a tensor of a quantized module was in no file.
+    """Raises CheckpointError where a tensor of a quantized module was in no file, or is of another format.
 
     Transformers gives such tensors random numbers, with a warning, but can do that to floating-point numbers only.
     """
@@ -79,6 +78,13 @@ def check_all_read(model: nn.Module) -> None:
         for name, tensor in tensors.items():
             if not getattr(tensor, READ, False):
                 raise CheckpointError(f"{path}.{name} is not in the checkpoint, so {path} cannot be computed with")
+        format = module.format if isinstance(module, Linear) else experts_format(module)
+        if (found := _text(module.weight_format)) != format:
+            raise _disagree(f"{path}.", format, found)
+
+
+def _disagree(prefix: str, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(f"config.json says that the weights are {expected}, and {prefix}weight is {found}")
 
 
 def _text(tensor: Tensor) -> str:

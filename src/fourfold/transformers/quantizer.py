@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fourfold.errors import CheckpointError, UnsupportedError, UserError
+from fourfold.torch.embedding import TiedEmbedding
 from fourfold.torch.linear import Linear
 from fourfold.torch.ops import NUMBER_TYPES
 from fourfold.transformers.config import METHOD, FourfoldConfig
@@ -54,6 +55,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._transposed: set[str] = set()  # modules whose weights are read as (inputs, outputs)
         self._tied: list[str] = []  # modules to be quantized when their weights have been read
         self._failures: list[str] = []
+        self._head = ""  # the output head's name, where it has a format of its own
 
     def is_serializable(self) -> bool:
         return True
@@ -91,30 +93,32 @@ class FourfoldQuantizer(HfQuantizer):
             if all(should_convert_module(name, [pattern]) for name in names):
                 raise UserError(f"{pattern!r} in modules_to_not_convert is no module of {type(model).__name__}")
         kept = self.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
+        if self.quantization_config.head is not None:
+            self._head = _head_of(model)
+            kept = [name for name in kept if name != self._head]
+            if not should_convert_module(self._head, given or []):
+                raise UserError(f"{self._head} is to be left by modules_to_not_convert, and quantized by head")
         if not self._exchange(model, kept):
             raise UserError(f"{type(model).__name__} has no matrix to quantize beside {', '.join(sorted(kept))}")
         if self.pre_quantized and checkpoint_files:
-            check_files(checkpoint_files, self.quantization_config.format)
+            check_files(checkpoint_files, self.quantization_config.formats)
         if not self.pre_quantized:
             _say_what_is_left(model, kept, self._tied)
 
     def _exchange(self, model: PreTrainedModel, kept: list[str]) -> bool:
         """Puts empty quantized modules in their places; whether there are any, or will be."""
-        format = self.quantization_config.format
-        ties = model.all_tied_weights_keys
-        tied = {name.rpartition(".")[0] for pair in ties.items() for name in pair if name.endswith(".weight")}
         found = False
+        dtype = model.dtype
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, kept):
                 continue
             if type(module) is nn.Linear or isinstance(module, Conv1D):
-                if name in tied and not self.pre_quantized:
+                if not self.pre_quantized and len(_sharing(model, name)) > 1:
                     self._tied.append(name)
                 else:
-                    _untie(model, name)
-                    model.set_submodule(name, self._empty(name, module))
+                    _put(model, name, self._empty(name, module), dtype)
             elif are_experts(module):
-                prepare_experts(module, format)
+                prepare_experts(module, self.quantization_config.format)
                 setattr(module, READ, True)
             else:
                 continue
@@ -128,9 +132,14 @@ class FourfoldQuantizer(HfQuantizer):
             self._transposed.add(name)
         bias = module.bias
         dtype = None if bias is None else bias.dtype
-        empty = Linear(k, n, bias is not None, "meta", dtype, format=self.quantization_config.format)
+        empty = Linear(k, n, bias is not None, "meta", dtype, format=self._format(name))
         setattr(empty, READ, True)
         return empty
+
+    def _format(self, name: str) -> str:
+        config = self.quantization_config
+        format: str = config.head if config.head is not None and name == self._head else config.format
+        return format
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
@@ -141,10 +150,9 @@ class FourfoldQuantizer(HfQuantizer):
             raise CheckpointError("; ".join(self._failures[:3]))
         check_all_read(model)
         for name in self._tied:
-            head = Linear.from_float(model.get_submodule(name), format=self.quantization_config.format)
+            head = Linear.from_float(model.get_submodule(name), format=self._format(name))
             head.bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone(), requires_grad=False)
-            _untie(model, name)
-            model.set_submodule(name, head)
+            _put(model, name, head, model.dtype)
         # What a saved model's tensors were read from is not theirs any more: they are saved as they lie.
         model._weight_conversions = _sparing(model._weight_conversions, model)
         return model
@@ -159,7 +167,35 @@ class FourfoldQuantizer(HfQuantizer):
                 model.set_submodule(name, plain.train(module.training))
             elif is_quantized_experts(module, "down_proj"):
                 dequantize_experts(module, wanted)
+            elif isinstance(module, TiedEmbedding):
+                rows = module.head.dequantize().to(wanted)
+                model.set_submodule(name, nn.Embedding.from_pretrained(rows).train(module.training))
         return model
+
+
+def _head_of(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            return str(name)
+    raise UserError(f"{type(model).__name__} has no output head to be quantized")
+
+
+def _sharing(model: PreTrainedModel, name: str) -> set[str]:
+    """The modules whose weights are that of the module of this name, itself included."""
+    own, ties = f"{name}.weight", model.all_tied_weights_keys
+    source = ties.get(own, own)
+    return {module.rpartition(".")[0] for module in (own, source, *(a for a, b in ties.items() if b == source))}
+
+
+def _put(model: PreTrainedModel, name: str, linear: Linear, dtype: torch.dtype) -> None:
+    """Puts a quantized linear in its place, and lets plain embeddings that share its weight read from it."""
+    for other in sorted(_sharing(model, name) - {name}):
+        if type(model.get_submodule(other)) is nn.Embedding:
+            _untie(model, other)
+            model.set_submodule(other, TiedEmbedding(linear, dtype))
+    _untie(model, name)
+    model.set_submodule(name, linear)
 
 
 def _untie(model: PreTrainedModel, name: str) -> None:

@@ -204,8 +204,9 @@ def test_large_matrices_that_are_left_are_named(
     assert "proj" not in caplog.text
 
 
-def test_it_compiles_whole(checkpoint: Callable[[str], Path]) -> None:
-    model = load(checkpoint("llama"), config=FourfoldConfig())
+@pytest.mark.parametrize(("kind", "head"), [("llama", "int8"), ("mixtral", None)])
+def test_it_compiles_whole(kind: str, head: str | None, checkpoint: Callable[[str], Path]) -> None:
+    model = load(checkpoint(kind), kind, FourfoldConfig(head=head))
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(logits(compiled), expected)

@@ -20,6 +20,10 @@ _library.define(
     "grouped_linear(Tensor x, Tensor counts, Tensor weight, Tensor? weight_scale, Tensor? bias, str format, "
     "SymInt out_features) -> Tensor"
 )
+_library.define(
+    "grouped_linear_input_grad(Tensor grad, Tensor counts, Tensor weight, Tensor? weight_scale, str format, "
+    "SymInt in_features) -> Tensor"
+)
 
 
 def _grouped_linear(
@@ -120,16 +124,28 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of x; weights and biases of experts are fixed."""
-    counts, weight, weight_scale = ctx.saved_tensors
-    to_x = grad.new_zeros((len(grad), ctx.in_features))
-    for e, begin, end in _groups(counts, len(grad)):
-        scales = None if weight_scale is None else weight_scale[e]
-        to_x[begin:end] = torch.ops.fourfold.linear_input_grad(
-            grad[begin:end], weight[e], scales, ctx.format, ctx.in_features
-        )
+    to_x = torch.ops.fourfold.grouped_linear_input_grad(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
     return to_x, None, None, None, None, None, None
 
 
+def _input_grad(
+    grad: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
+) -> Tensor:
+    to_x = grad.new_zeros((len(grad), in_features))
+    for e, begin, end in _groups(counts, len(grad)):
+        scales = None if weight_scale is None else weight_scale[e]
+        to_x[begin:end] = torch.ops.fourfold.linear_input_grad(grad[begin:end], weight[e], scales, format, in_features)
+    return to_x
+
+
+def _input_grad_fake(
+    grad: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], in_features))
+
+
 _library.impl("grouped_linear", _grouped_linear, "CPU")
+_library.impl("grouped_linear_input_grad", _input_grad, "CPU")
+torch.library.register_fake("fourfold::grouped_linear_input_grad", _input_grad_fake, lib=_library)
 torch.library.register_fake("fourfold::grouped_linear", _grouped_linear_fake, lib=_library)
 torch.library.register_autograd("fourfold::grouped_linear", _backward, setup_context=_keep_for_backward, lib=_library)

@@ -50,7 +50,7 @@ def serve(
     if not all(level.isdecimal() and int(level) for level in clients.split(",")) or min(requests, rounds, share_at) < 1:
         raise UserError("clients, requests and rounds are whole numbers from 1 on")
     options = [] if speculate else ["--no-speculate"]
-    with LLM(model) as llm, serving(model, [*options, "--max-running", str(share_at)], log) as server:
+    with LLM(model) as llm, serving(model, [*options, "--no-measure", "--max-running", str(share_at)], log) as server:
         vocab, files = llm.tokenizer.vocab_size, server.open_files()
         levels = []
         for n in map(int, clients.split(",")):

@@ -13,8 +13,8 @@ from fourfold.checkpoint.hf_config import model_config
 from fourfold.models import weight_specs
 
 CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 2048,
-    "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 1024,
+    "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 16,
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MEASURE = """
@@ -61,7 +61,7 @@ def peak_growth(source: Path) -> int:
 
 def test_a_model_twice_as_large_takes_no_more_memory(tmp_path: Path) -> None:
     n_bytes = {n_layers: write_sparse(tmp_path / f"source-{n_layers}", n_layers) for n_layers in (8, 16)}
-    assert n_bytes[16] > 2e9
+    assert n_bytes[16] > 5e8
     small, large = (peak_growth(tmp_path / f"source-{n_layers}") for n_layers in (8, 16))
     assert large < 1.2 * small
-    assert large < 300e6
+    assert large < 75e6

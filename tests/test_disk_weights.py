@@ -31,6 +31,8 @@ from fourfold.machine import RankPlan, read_machine
 from fourfold.residency import STRETCHES, choose_residency
 
 Logits = NDArray[np.float32]
+# Every format over every number of ranks; each model meets every one of both.
+CUTS = [(("llama", "yuan")[(i + ranks) % 2], fmt, ranks) for i, fmt in enumerate(FORMATS) for ranks in (1, 2, 3, 4)]
 IDS = list(range(1, 50))
 
 
@@ -79,9 +81,7 @@ def nf4(models: Callable[[str, str], Path], tmp_path: Path) -> Path:
 # ---- the same bits
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("name", ["llama", "yuan"])
+@pytest.mark.parametrize(("name", "fmt", "ranks"), CUTS)
 def test_weights_on_disk_give_the_same_bits(
     models: Callable[[str, str], Path], name: str, fmt: str, ranks: int
 ) -> None:
@@ -357,7 +357,8 @@ def test_doctor_reads_the_largest_kept_conversion(tmp_path: Path, monkeypatch: p
     assert found["gb_s"] > 0
 
 
-def test_bench_measures_the_disk_around_each_repetition(nf4: Path) -> None:
+def test_bench_measures_the_disk_around_each_repetition(nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.limits, "READ_BYTES", 0)
     result = bench.decode(model=str(nf4), weights="disk", tokens=3, repeats=2)
     assert result["disk_gb_s"]["median"] > 0
     assert result["of_disk"]["min"] > 0

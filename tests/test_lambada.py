@@ -21,7 +21,7 @@ from fourfold.llm import LLM
 from scripted import BOS, N_IDS, VOCAB, byte_tokenizer, fixed_llm, scripted_llm
 
 TEXT = "He gave her the ring"
-N_PASSAGES = 10
+N_PASSAGES = 6
 
 
 @pytest.fixture(scope="module")

@@ -314,10 +314,9 @@ def test_a_model_is_found_by_name_config_and_directory(tmp_path: Path) -> None:
 
 def test_a_bundled_model_has_a_plan(smollm2: Path) -> None:
     for name in ("smollm2", str(smollm2)):
-        assert find_subject(name, None).config == replace(
-            SHAPES["smollm2-135m"], norm_eps=find_subject(name, None).config.norm_eps,
-            bos_id=find_subject(name, None).config.bos_id, eos_ids=find_subject(name, None).config.eos_ids,
-        )  # fmt: skip
+        found = find_subject(name, None).config
+        rest = {"norm_eps": found.norm_eps, "bos_id": found.bos_id, "eos_ids": found.eos_ids}
+        assert found == replace(SHAPES["smollm2-135m"], **rest)
 
 
 # This machine.

@@ -22,9 +22,16 @@ IDS = np.random.default_rng(0).integers(0, 96, 300).tolist()
 OTHERS = np.random.default_rng(1).integers(0, 96, (9, 300)).tolist()
 
 
-@pytest.fixture(params=["nf4", "bf16", "f32"])
-def fmt(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+FORMATS = ("nf4", "bf16", "f32")
+SOURCES = ("yuan", "gemma3")
+# Every format in every way that kernels are chosen, every source in every one of these ways.
+PIECES = [
+    (SOURCES[(i + j + k) % 2], fmt, isa, rows)
+    for i, fmt in enumerate(FORMATS)
+    for j, isa in enumerate(ISAS)
+    for k, rows in enumerate(("few", "many"))
+]
+ENGINES = [(source, fmt, 1 + (i + j) % 2) for i, source in enumerate(SOURCES) for j, fmt in enumerate(FORMATS)]
 
 
 @pytest.fixture(scope="session")
@@ -34,16 +41,22 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_huggingface(folder, models.CONFIGS["gemma3"], models.weights("gemma3"))
 
 
-@pytest.fixture(params=["yuan", "gemma3"])
-def source(request: pytest.FixtureRequest) -> Path:
-    if request.param == "gemma3":
-        return Path(request.getfixturevalue("gemma3"))
-    return Path(request.getfixturevalue("shared")) / "golden" / "yuan-d64"
+@pytest.fixture
+def source_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """One of SOURCES -> where it is."""
+
+    def source(name: str) -> Path:
+        if name == "gemma3":
+            return Path(request.getfixturevalue("gemma3"))
+        return Path(request.getfixturevalue("shared")) / "golden" / "yuan-d64"
+
+    return source
 
 
-@pytest.fixture(params=[1, 2])
-def engine(source: Path, converted: Converted, fmt: str, request: pytest.FixtureRequest) -> Engine:
-    return Engine(converted(source, fmt), ranks=request.param)
+@pytest.fixture(params=ENGINES, ids=lambda engine: "-".join(map(str, engine)))
+def engine(source_of: Callable[[str], Path], converted: Converted, request: pytest.FixtureRequest) -> Engine:
+    source, fmt, ranks = request.param
+    return Engine(converted(source_of(source), fmt), ranks=ranks)
 
 
 def fed(
@@ -62,13 +75,18 @@ def fed(
     return sequence, np.concatenate(out)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize(("source", "fmt", "isa", "rows"), PIECES)
 def test_pieces_and_company_change_no_bit(
-    source: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch, fmt: str, isa: str, rows: RowClass
+    source: str,
+    fmt: str,
+    isa: str,
+    rows: RowClass,
+    source_of: Callable[[str], Path],
+    converted: Converted,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FOURFOLD_ISA", isa)
-    engine = Engine(converted(source, fmt), ranks=2)
+    engine = Engine(converted(source_of(source), fmt), ranks=2)
     n = 20 if isa == "scalar" else 150
     sizes = [[1] * n, [n], [n // 2, 1, 2, n - n // 2 - 3], [3, 5, 8, n - 16]]
     _, alone = fed(engine, sizes[0], rows)

@@ -67,10 +67,10 @@ def test_a_model_in_f32_is_the_reference(source: tuple[Path, Tensors], ranks: in
 def test_the_reference_notices_each_tensor(source: tuple[Path, Tensors]) -> None:
     """No tensor is of so little weight here that a wrong one would go unseen."""
     path, tensors = source
-    config = open_directory(converted(path, "f32")).config
-    expected = reference.forward(config, tensors, IDS)
+    config, ids = open_directory(converted(path, "f32")).config, IDS[:40]  # longer than a window
+    expected = reference.forward(config, tensors, ids)
     for name in tensors:
-        changed = reference.forward(config, tensors | {name: tensors[name][::-1]}, IDS)
+        changed = reference.forward(config, tensors | {name: tensors[name][::-1]}, ids)
         assert np.abs(changed - expected).max() > 1e-2 * np.abs(expected).max(), name
 
 

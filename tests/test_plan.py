@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fourfold import cli, plan
+from fourfold import bench, cli, plan
 from fourfold.bench import prediction
 from fourfold.checkpoint import open_source
 from fourfold.config import FORMATS
@@ -339,18 +339,18 @@ def test_this_machine_is_measured_saved_and_planned_with(run: Run, tmp_path: Pat
 @pytest.mark.parametrize("config", [LLAMA, YUAN], ids=["llama", "yuan"])
 def test_bench_plan_puts_planned_beside_measured(config: dict[str, Any], run: Run, tmp_path: Path) -> None:
     path = directory(tmp_path, config)
-    arguments = ("bench", "plan", str(path), "--ranks", "1,2", "--tokens", "2", "--repeats", "2")
-    status, out, err = run(*arguments, "--json")
+    status, out, err = run("bench", "plan", str(path), "--ranks", "1,2", "--tokens", "2", "--repeats", "2", "--json")
     assert (status, err) == (0, "")
-    rows = json.loads(out.splitlines()[-1])["rows"]
+    result = json.loads(out.splitlines()[-1])
+    rows = result["rows"]
     assert [row["ranks"] for row in rows] == [1, 2]
     for row in rows:
         planned, measured = row["planned_ms"], row["measured_ms"]
         assert planned["min"] / measured["max"] <= row["ratio"]["median"] <= planned["max"] / measured["min"]
         assert sum(ms for name, ms in row["parts_ms"].items() if name != "total") > 0
-    status, out, _ = run(*arguments)
-    assert status == 0
-    assert "planned / measured" in out
+    console = Console(width=100, record=True, file=io.StringIO())
+    bench.render(result, console)
+    assert "planned / measured" in console.export_text()
 
 
 def test_disturbed_repetitions_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

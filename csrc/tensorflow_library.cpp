@@ -1,5 +1,5 @@
-// The library that `tf.load_op_library` opens. TensorFlow writes Python functions for those ops that are registered while
-// it opens a library, so opening this one registers those of _core, which lies beside it and is loaded already.
+// The library that `tf.load_op_library` opens. TensorFlow writes Python functions for those ops that are registered
+// while it opens a library, so opening this one registers those of _core, which lies beside it and is loaded already.
 #include <dlfcn.h>
 
 #include <string>

@@ -1,10 +1,12 @@
 #include "tensorflow_op.h"
 
 #include <dlfcn.h>
+#include <emmintrin.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -48,7 +50,6 @@ class Input {
     }
     int rank() const { return tf.TF_NumDims(tensor_.get()); }
     size_t size(int axis) const { return static_cast<size_t>(tf.TF_Dim(tensor_.get(), axis)); }
-    bool is(size_t rows, size_t columns) const { return rank() == 2 && size(0) == rows && size(1) == columns; }
     TF_DataType type() const { return tf.TF_TensorType(tensor_.get()); }
     const void* data() const { return tf.TF_TensorData(tensor_.get()); }
 
@@ -83,26 +84,23 @@ NumberType number_type(TF_DataType type) {
     }
 }
 
-Format format_of(const Input& record) {
-    if (record.rank() != 1 || record.size(0) != 4) throw std::invalid_argument("weight_format must be 4 bytes");
-    const char* const bytes = static_cast<const char*>(record.data());
-    const std::string_view name(bytes, static_cast<size_t>(std::find(bytes, bytes + 4, '\0') - bytes));
-    const auto it = std::find(kFormatNames.begin(), kFormatNames.end(), name);
-    if (it == kFormatNames.end()) throw std::invalid_argument("weight_format names no format of weights");
-    return static_cast<Format>(it - kFormatNames.begin());
-}
+constexpr size_t kNameBytes = 4;
 
-// Throws std::invalid_argument where the tensors are not those of a matrix (n, k): the kernels read by address.
-MatrixView matrix_of(const Input& weight, const Input& scale, const Input& record, size_t n, size_t k) {
-    const Format format = format_of(record);
-    if (n == 0 || k == 0) throw std::invalid_argument("a matrix has inputs and outputs");
-    if (!weight.is(panels_of(n), panel_bytes(format, tiles_of(k))))
+// Throws std::invalid_argument where the bytes are not those of a matrix (n, k): the kernels read by address.
+MatrixView matrix_of(const Input& weight, size_t n, size_t k) {
+    if (weight.rank() != 1 || weight.size(0) < kNameBytes) throw std::invalid_argument("weight must be (bytes,)");
+    const auto* const bytes = static_cast<const uint8_t*>(weight.data());
+    const size_t size = weight.size(0) - kNameBytes;
+    const char* const name = reinterpret_cast<const char*>(bytes + size);
+    const auto it =
+        std::find(kFormatNames.begin(), kFormatNames.end(), std::string_view(name, strnlen(name, kNameBytes)));
+    if (it == kFormatNames.end()) throw std::invalid_argument("weight does not end in the name of a format");
+    const auto format = static_cast<Format>(it - kFormatNames.begin());
+    const size_t panels = panels_of(n) * panel_bytes(format, tiles_of(k));
+    if (n == 0 || k == 0 || size != panels + (has_scales(format) ? panels_of(n) * sizeof(float) : 0))
         throw std::invalid_argument("weight is not that of " + std::to_string(n) + " outputs and " + std::to_string(k) +
-                                    " inputs in " + std::string(kFormatNames[static_cast<size_t>(format)]));
-    if (!scale.is(has_scales(format) ? panels_of(n) : 0, 4))
-        throw std::invalid_argument("weight_scale must have 4 bytes for every panel of a format with scales");
-    return {format, n, k, static_cast<const uint8_t*>(weight.data()),
-            has_scales(format) ? static_cast<const float*>(scale.data()) : nullptr};
+                                    " inputs in " + std::string(*it));
+    return {format, n, k, bytes, has_scales(format) ? reinterpret_cast<const float*>(bytes + panels) : nullptr};
 }
 
 // What this process computes with.
@@ -166,15 +164,14 @@ Means means_of(TF_OpKernelContext* context) {
 }
 
 void linear(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
-    const Input x(context, 0, status), weight(context, 1, status), scale(context, 2, status),
-        record(context, 3, status), bias(context, 4, status);
+    const Input x(context, 0, status), weight(context, 1, status), bias(context, 2, status);
     const int rank = x.rank(), bias_rank = bias.rank();
     const bool has_bias = bias_rank == 1;
     if (rank == 0) throw std::invalid_argument("the last axis of x must be the inputs; x has none");
     if (!has_bias && !(bias_rank == 2 && bias.size(0) == 0))
         throw std::invalid_argument("bias must be (outputs,), or (0, outputs) for none");
     const size_t k = x.size(rank - 1), n = bias.size(bias_rank - 1);
-    const MatrixView w = matrix_of(weight, scale, record, n, k);
+    const MatrixView w = matrix_of(weight, n, k);
 
     const NumberType type = number_type(x.type());
     std::vector<int64_t> dims;
@@ -193,21 +190,34 @@ void linear(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
 }
 
 void rows(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
-    const Input weight(context, 0, status), scale(context, 1, status), record(context, 2, status),
-        first(context, 3, status), last(context, 4, status);
-    if (weight.rank() != 2) throw std::invalid_argument("weight must be (panels, bytes)");
-    if (first.rank() != 0 || last.rank() != 0) throw std::invalid_argument("begin and end must be numbers");
-    const size_t n = weight.size(0) * kTileN, k = weight.size(1) / tile_bytes(format_of(record)) * kTileK;
-    const MatrixView w = matrix_of(weight, scale, record, n, k);
-    const int64_t begin = *static_cast<const int64_t*>(first.data()), end = *static_cast<const int64_t*>(last.data());
-    if (begin < 0 || end < begin || static_cast<size_t>(end) > n) throw std::invalid_argument("rows are out of range");
-    const int64_t dims[] = {end - begin, static_cast<int64_t>(k)};
-    const Output out(context, TF_FLOAT, dims, 2, static_cast<size_t>(dims[0]) * k * sizeof(float), status);
+    const Input weight(context, 0, status);
+    const auto number = [&](int i) {
+        const Input input(context, i, status);
+        const int64_t value = input.rank() == 0 ? *static_cast<const int64_t*>(input.data()) : -1;
+        if (value < 0) throw std::invalid_argument("outputs, inputs, begin and end must be numbers, none below 0");
+        return static_cast<size_t>(value);
+    };
+    const size_t n = number(1), k = number(2), begin = number(3), end = number(4);
+    if (std::max(n, k) >> 32) throw std::invalid_argument("a matrix has less than 2^32 outputs and inputs");
+    const MatrixView w = matrix_of(weight, n, k);
+    if (begin > end || end > n) throw std::invalid_argument("rows are out of range");
+    const int64_t dims[] = {static_cast<int64_t>(end - begin), static_cast<int64_t>(k)};
+    const Output out(context, TF_FLOAT, dims, 2, (end - begin) * k * sizeof(float), status);
     if (begin == end) return;
     const Means means = means_of(context);
-    unpack_rows(w, static_cast<size_t>(begin), static_cast<size_t>(end), static_cast<float*>(out.data()), means.isa,
-                own_crew(), means.n_threads);
+    unpack_rows(w, begin, end, static_cast<float*>(out.data()), means.isa, own_crew(), means.n_threads);
 }
+
+// TensorFlow's threads flush subnormal numbers to 0; ours, which inherit that where one of them starts them, do not.
+class OwnArithmetic {
+  public:
+    OwnArithmetic() : theirs_(_mm_getcsr()) { _mm_setcsr(0x1F80); }  // as a process begins: nearest, exceptions masked
+    ~OwnArithmetic() { _mm_setcsr(theirs_); }
+    OwnArithmetic(const OwnArithmetic&) = delete;
+
+  private:
+    const unsigned theirs_;
+};
 
 // Nothing may be thrown into TensorFlow.
 template <void (*op)(TF_OpKernelContext*, const Owned<TF_Status>&)>
@@ -217,6 +227,7 @@ void compute(void*, TF_OpKernelContext* context) {
         tf.TF_SetStatus(status.get(), code, why);
         tf.TF_OpKernelContext_Failure(context, status.get());
     };
+    const OwnArithmetic while_computing;
     try {
         op(context, status);
     } catch (const std::invalid_argument& error) {
@@ -240,7 +251,7 @@ void infer_linear(TF_ShapeInferenceContext* context, TF_Status* status) {
         if (is_ok()) tf.TF_ShapeInferenceContextSubshape(context, shape, begin, end, shape, status);
         return is_ok();
     };
-    const bool is_known = take(0, 0, -1, front.get()) && take(4, -1, INT64_MAX, back.get());
+    const bool is_known = take(0, 0, -1, front.get()) && take(2, -1, INT64_MAX, back.get());
     if (!is_ok()) return;
     if (!is_known) return tf.TF_ShapeInferenceContextSetUnknownShape(context, status);
     tf.TF_ShapeInferenceContextConcatenateShapes(context, front.get(), back.get(), joined.get(), status);
@@ -293,11 +304,10 @@ void fourfold_register_tensorflow_ops() {
     if (tf.TF_NewStatus == nullptr) return;
     try {
         register_op("FourfoldLinear", {"T: {float, half, bfloat16}", "U: {float, half, bfloat16}"},
-                    {"x: T", "weight: uint8", "weight_scale: uint8", "weight_format: uint8", "bias: U"}, "y: T",
-                    infer_linear, compute<linear>);
+                    {"x: T", "weight: uint8", "bias: U"}, "y: T", infer_linear, compute<linear>);
         register_op("FourfoldRows", {},
-                    {"weight: uint8", "weight_scale: uint8", "weight_format: uint8", "begin: int64", "end: int64"},
-                    "rows: float", infer_rows, compute<rows>);
+                    {"weight: uint8", "outputs: int64", "inputs: int64", "begin: int64", "end: int64"}, "rows: float",
+                    infer_rows, compute<rows>);
     } catch (const std::exception&) {
         // What was not registered is missing from what `tf.load_op_library` returns.
     }

@@ -1,15 +1,16 @@
 // The ops FourfoldLinear and FourfoldRows of TensorFlow: matmul.h and unpack_rows on its tensors, where they lie.
 //
-//   y = FourfoldLinear(x, weight, weight_scale, weight_format, bias)
-//     x              (..., K)             float32, float16 or bfloat16
-//     weight         (P, bytes of a panel) uint8: 16 outputs a panel, docs/format.md
-//     weight_scale   (P, 4)               uint8: each panel's float32 scale, as bytes; (0, 4) for bf16 and f32
-//     weight_format  (4,)                 uint8: the format's name in ASCII, so that weights are read as what they are
-//     bias           (N,)                 float32, float16 or bfloat16; (0, N) for none
-//     y              (..., N)             of x's type
-//   rows = FourfoldRows(weight, weight_scale, weight_format, begin, end)
-//     begin, end     ()                   int64: of N, rounded up to whole panels
-//     rows           (end - begin, K)     float32; K rounded up to whole tiles, the added inputs are 0
+//   y = FourfoldLinear(x, weight, bias)
+//     x       (..., K)   float32, float16 or bfloat16
+//     weight  (bytes,)   uint8: the panels of a matrix (N, K) (docs/format.md), its panel scales, float32, where the
+//                        format has some, and 4 bytes of the format's name in ASCII. One tensor, so that weights are
+//                        never without what says how to read them, and because TensorFlow takes as long to read a
+//                        variable as to start an op.
+//     bias    (N,)       float32, float16 or bfloat16; (0, N) for none
+//     y       (..., N)   of x's type
+//   rows = FourfoldRows(weight, outputs, inputs, begin, end)
+//     outputs, inputs, begin, end   ()   int64: N, K, and which of the N
+//     rows    (end - begin, K)           float32
 //
 // N stands in the shape of an argument, an empty one if need be, because a shape function written in C can read shapes
 // but no attribute that is a number; so y's shape is known before anything is computed.

@@ -10,56 +10,62 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from fourfold.config import WeightFormat
 from fourfold.errors import UserError
-from fourfold.format import SCALED, n_panels, panel_bytes
 from fourfold.matrix import QuantizedMatrix, check_format
-from fourfold.tensorflow import ops
+from fourfold.tensorflow import ops, stored
 from fourfold.tensorflow.equation import Product, plain_product
 
-FORMAT_BYTES = 4  # the longest name of a format, as ASCII
-COMPUTE_TYPES = ("float32", "float16", "bfloat16")
+COMPUTE_TYPES = {name: getattr(tf, name) for name in ("float32", "float16", "bfloat16")}
+EAGER = type(tf.constant(0))
 
 
 class Packed(keras.layers.Layer):
     """What the layers of this module share: a fixed matrix (N, K) of weights.
 
-    Holds, and saves:
+    `weight` is one uint8 variable: panels, panel scales, and the format's name (csrc/tensorflow_op.h). No cast reaches
+    it, and the kernel reads from it at every call what it is, so weights are never taken for what they are not, whoever
+    put them there. In Keras' files it is three, as fourfold.torch names them:
     - `weight` uint8 (P, bytes of a panel): 16 outputs a panel, docs/format.md;
-    - `weight_scale` uint8 (P, 4): each panel's float32 scale, as bytes, so that no cast reaches it (None for formats
-      without scales);
-    - `weight_format` uint8 (4,): the format's name in ASCII. The kernel reads it at every call, so weights are never
-      taken for what they are not, whoever put them there;
-    - `bias`, or None, which alone can be trained.
+    - `weight_scale` uint8 (P, 4): each panel's float32 scale, as bytes (formats with scales only);
+    - `weight_format` uint8 (4,): the format's name in ASCII.
+    `bias`, or None, is a variable as Keras' is, and alone can be trained.
     """
 
-    format: str
-    weight: keras.Variable
-    weight_scale: keras.Variable | None
-    weight_format: keras.Variable
-    bias: keras.Variable | None
+    format: WeightFormat
     outputs: int  # N
     inputs: int  # K
+    weight: keras.Variable
+    bias: keras.Variable | None
 
     def hold(self, outputs: int, inputs: int, matrix: QuantizedMatrix | None = None) -> None:
-        """Makes the variables, over the matrix's own memory; without one they are zeros, to be loaded into.
+        """Makes the variable of the weights; without a matrix they are zeros, to be loaded into.
 
         Raises UserError for a type to compute in that the kernels do not have.
         """
         if self.compute_dtype not in COMPUTE_TYPES:
-            raise UserError(f"{self.name} computes in {self.compute_dtype}; fourfold's layers do in {COMPUTE_TYPES}")
+            raise UserError(f"{self.name} computes in {self.compute_dtype}, not in one of {', '.join(COMPUTE_TYPES)}")
         self.supports_jit = False
         self.outputs, self.inputs = outputs, inputs
-        format = check_format(self.format)
-        self.weight = self._fixed("weight", (n_panels(outputs), panel_bytes(format, inputs)), matrix and matrix.panels)
-        self.weight_scale = None
-        if format in SCALED:
-            scales = None if matrix is None or matrix.scales is None else matrix.scales[:, None].view(np.uint8)
-            self.weight_scale = self._fixed("weight_scale", (n_panels(outputs), 4), scales)
-        self.weight_format = self._fixed("weight_format", (FORMAT_BYTES,), _format_bytes(format))
+        if matrix is None:
+            shapes = stored.shapes(self.format, outputs, inputs)
+            parts = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+            joined = stored.join_parts({**parts, "weight_format": stored.name_bytes(self.format)})
+        else:
+            joined = stored.join(matrix)
+        start = {"initializer": lambda *_, **__: _as_tensor(joined), "trainable": False}
+        self.weight = self.add_weight(name="weight", shape=joined.shape, dtype="uint8", **start)
+        # Whether a tensor of the right type may go straight to the kernel: Keras would do nothing about it.
+        self._is_direct = self.activity_regularizer is None and self.compute_dtype == self.variable_dtype
+        self._compute_type = COMPUTE_TYPES[self.compute_dtype]
 
-    def _fixed(self, name: str, shape: tuple[int, ...], value: NDArray[np.uint8] | None) -> keras.Variable:
-        start = "zeros" if value is None else lambda *_, **__: _as_tensor(value)
-        return self.add_weight(name=name, shape=shape, dtype="uint8", initializer=start, trainable=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Keras' own way to `call` takes as long as the kernel for 4096 × 4096 weights; an eager tensor can do without."""
+        if len(args) == 1 and not kwargs and type(args[0]) is EAGER and self.built and self._is_direct:
+            x = args[0]
+            if x.dtype is self._compute_type and getattr(x, "_keras_mask", None) is None:
+                return self.call(x)
+        return super().__call__(*args, **kwargs)
 
     def _bias(self, shape: tuple[int, ...]) -> keras.Variable | None:
         how = {"initializer": self.bias_initializer, "regularizer": self.bias_regularizer}
@@ -71,40 +77,31 @@ class Packed(keras.layers.Layer):
             bias = ops.no_bias(self.outputs)
         else:
             bias = self.bias.value if len(self.bias.shape) == 1 else tf.reshape(self.bias.value, (self.outputs,))
-        scale = ops.no_scales() if self.weight_scale is None else self.weight_scale.value
-        return ops.linear(x, self.weight.value, scale, self.weight_format.value, bias)
+        return ops.linear(x, self.weight.value, bias)
 
     def dequantize(self) -> NDArray[np.float32]:
         """What is multiplied by: float32 (N, K)."""
-        scale = ops.no_scales() if self.weight_scale is None else self.weight_scale.value
-        rows = ops.rows(self.weight.value, scale, self.weight_format.value, 0, self.outputs)
-        return np.asarray(rows)[:, : self.inputs]
+        return np.asarray(ops.rows(self.weight.value, self.outputs, self.inputs, 0, self.outputs))
 
     def save_own_variables(self, store: Any) -> None:
-        for name, variable in self._stored().items():
-            store[name] = np.asarray(variable)
+        weight = as_bytes(self.weight)
+        for name, part in stored.split(weight, self.outputs, self.inputs).items():
+            store[name] = part
+        if self.bias is not None:
+            store["bias"] = self.bias
 
     def load_own_variables(self, store: Any) -> None:
         """Raises UserError where what is stored is not this layer's."""
-        wanted = self._stored()
-        if set(store.keys()) != set(wanted):
-            raise UserError(f"{self.name} needs {', '.join(wanted)}; what is stored is {', '.join(store.keys())}")
-        found = np.asarray(store["weight_format"])
-        if not np.array_equal(found, _format_bytes(self.format)):
-            name = found.tobytes().rstrip(b"\0").decode("ascii", "replace")
-            raise UserError(f"{self.name} is {self.format}, and its weights are {name}")
-        for name, variable in wanted.items():
-            value = np.asarray(store[name])
-            if value.shape != tuple(variable.shape) or (name != "bias" and value.dtype != np.uint8):
-                raise UserError(
-                    f"{name} of {self.name} is {variable.dtype} {tuple(variable.shape)}, "
-                    f"and what is stored is {value.dtype} {value.shape}"
-                )
-            variable.assign(value)
-
-    def _stored(self) -> dict[str, keras.Variable]:
-        all_of_them = ("weight", "weight_scale", "weight_format", "bias")
-        return {name: variable for name in all_of_them if (variable := getattr(self, name)) is not None}
+        parts = {name: np.asarray(store[name]) for name in store.keys() if name != "bias"}  # noqa: SIM118
+        try:
+            stored.check_parts(parts, self.format, self.outputs, self.inputs)
+            if ("bias" in store.keys()) != (self.bias is not None):  # noqa: SIM118
+                raise UserError(f"a bias is {'missing' if self.bias is not None else 'stored that the layer has not'}")
+        except UserError as error:
+            raise UserError(f"{self.name} cannot be loaded: {error}") from None
+        self.weight.assign(_as_tensor(stored.join_parts(parts)))
+        if self.bias is not None:
+            self.bias.assign(store["bias"])
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -247,7 +244,7 @@ def kernel_product(layer: keras.layers.Layer) -> Product:
     return plain_product(layer.equation, layer.bias_axes)
 
 
-def exchange(layer: keras.layers.Layer, format: str, packed: QuantizedMatrix | None = None) -> None:
+def exchange(layer: keras.layers.Layer, format: WeightFormat, packed: QuantizedMatrix | None = None) -> None:
     """Makes a built Dense or EinsumDense of Keras' one of ours: the same object, with another class and variables.
 
     Its weights are those given, or zeros to be loaded into.
@@ -264,10 +261,11 @@ def exchange(layer: keras.layers.Layer, format: str, packed: QuantizedMatrix | N
     layer._tracker.lock()
 
 
-def _as_tensor(array: NDArray[np.uint8]) -> tf.Tensor:
+def as_bytes(variable: keras.Variable) -> NDArray[np.uint8]:
+    """A variable's own memory, which must not be written to."""
+    return np.from_dlpack(tf.convert_to_tensor(variable.value))
+
+
+def _as_tensor(joined: NDArray[np.uint8]) -> tf.Tensor:
     """The array's own memory as a tensor, which keeps it."""
-    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
-
-
-def _format_bytes(format: str) -> NDArray[np.uint8]:
-    return np.frombuffer(format.encode().ljust(FORMAT_BYTES, b"\0"), np.uint8).copy()
+    return tf.experimental.dlpack.from_dlpack(joined.__dlpack__())

@@ -30,20 +30,13 @@ def _load() -> Any:
 
 
 linear, rows = _load()
-"""linear(x, weight, weight_scale, weight_format, bias) -> y (..., N) of x's type:
-x (..., K) float32, float16 or bfloat16; weight uint8 (P, bytes of a panel); weight_scale uint8 (P, 4), or (0, 4) for a
-format without scales; weight_format uint8 (4,); bias (N,), or (0, N) for none.
+"""linear(x, weight, bias) -> y (..., N) of x's type:
+x (..., K) float32, float16 or bfloat16; weight uint8 (bytes,) as csrc/tensorflow_op.h describes it; bias (N,), or
+(0, N) for none.
 
-rows(weight, weight_scale, weight_format, begin, end) -> float32 (end - begin, K rounded up to tiles): rows of the
-weight. Both raise tf.errors.InvalidArgumentError where tensors are not those of a matrix.
+rows(weight, outputs, inputs, begin, end) -> float32 (end - begin, K): rows of the weight.
+Both raise tf.errors.InvalidArgumentError where tensors are not those of a matrix.
 """
-
-
-@cache
-def no_scales() -> tf.Tensor:
-    """What stands for the scales of a format that has none."""
-    with tf.init_scope():
-        return tf.zeros((0, 4), tf.uint8)
 
 
 @cache
@@ -53,37 +46,31 @@ def no_bias(n: int) -> tf.Tensor:
         return tf.zeros((0, n), tf.float32)
 
 
-def input_grad(
-    grad: tf.Tensor, weight: tf.Tensor, weight_scale: tf.Tensor, weight_format: tf.Tensor, in_features: tf.Tensor | int
-) -> tf.Tensor:
+def input_grad(grad: tf.Tensor, weight: tf.Tensor, inputs: int | tf.Tensor) -> tf.Tensor:
     """grad (..., N) times W (N, K), in float32, for a few MB of rows of W at a time."""
     upstream = tf.cast(tf.reshape(grad, (-1, tf.shape(grad)[-1])), tf.float32)
-    n = tf.shape(upstream, tf.int64)[1]
-    at_once = tf.maximum(tf.constant(1, tf.int64), GRAD_ROWS_BYTES // (4 * tf.cast(in_features, tf.int64)))
+    n, k = tf.shape(upstream, tf.int64)[1], tf.cast(inputs, tf.int64)
+    at_once = tf.maximum(tf.constant(1, tf.int64), GRAD_ROWS_BYTES // (4 * k))
 
     def add(begin: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         end = tf.minimum(begin + at_once, n)
-        some = rows(weight, weight_scale, weight_format, begin, end)[:, :in_features]
-        return end, total + tf.matmul(upstream[:, begin:end], some)
+        return end, total + tf.matmul(upstream[:, begin:end], rows(weight, n, k, begin, end))
 
-    total = tf.zeros((tf.shape(upstream)[0], in_features), tf.float32)
-    begin = tf.constant(0, tf.int64)
-    shapes = (begin.shape, tf.TensorShape((None, None)))
-    _, total = tf.while_loop(lambda begin, _: begin < n, add, (begin, total), shapes, parallel_iterations=1)
-    shape = tf.concat((tf.shape(grad)[:-1], [in_features]), 0)
-    return tf.cast(tf.reshape(total, shape), grad.dtype)
+    first = tf.constant(0, tf.int64), tf.zeros((tf.shape(upstream, tf.int64)[0], k), tf.float32)
+    shapes = tf.TensorShape(()), tf.TensorShape((None, None))
+    _, total = tf.while_loop(lambda begin, _: begin < n, add, first, shapes, parallel_iterations=1)
+    return tf.cast(tf.reshape(total, tf.concat((tf.shape(grad, tf.int64)[:-1], [k]), 0)), grad.dtype)
 
 
 @tf.RegisterGradient("FourfoldLinear")
 def _gradient(op: Any, grad: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
-    x, weight, weight_scale, weight_format, bias = op.inputs
-    k = x.shape[-1] if x.shape.rank is not None and x.shape[-1] is not None else tf.shape(x)[-1]
-    to_x = input_grad(grad, weight, weight_scale, weight_format, k)
+    x, weight, bias = op.inputs
+    to_x = input_grad(grad, weight, tf.shape(x, tf.int64)[-1])
     to_x.set_shape(x.shape)
     to_bias = None
     if bias.shape.rank == 1:
         to_bias = tf.cast(tf.reduce_sum(tf.reshape(grad, (-1, tf.shape(grad)[-1])), 0), bias.dtype)
-    return to_x, None, None, None, to_bias
+    return to_x, None, to_bias
 
 
 tf.no_gradient("FourfoldRows")

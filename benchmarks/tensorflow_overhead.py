@@ -21,11 +21,11 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import fourfold._core as _core
 import keras
 import numpy as np
 import tensorflow as tf
 
-import fourfold._core as _core
 from fourfold.matrix import default_threads
 from fourfold.tensorflow import Dense, quantize
 from fourfold.tensorflow.layers import as_bytes
@@ -45,7 +45,9 @@ def main() -> None:
     for size in map(int, options.sizes.split(",")):
         for name, times in measure(size, options.format, options.megabytes, options.repeats).items():
             results.append({"size": size, "what": name, **times})
-            print(f"{size:6} {name:28} {times['us']:8.1f} µs  {times['ratio']:.3f} ({times['low']:.3f}–{times['high']:.3f})")
+            print(
+                f"{size:6} {name:28} {times['us']:8.1f} µs  {times['ratio']:.3f} ({times['low']:.3f}–{times['high']:.3f})"
+            )
     print(json.dumps({"format": options.format, "threads": default_threads(), "results": results}))
 
 

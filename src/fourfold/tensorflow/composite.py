@@ -31,7 +31,10 @@ class Composite:
             layer = keras.saving.serialize_keras_object(self)
         finally:
             object.__setattr__(self, "__class__", mixed)
-        return {"layer": layer, "formats": {str(i): part.format for i, part in _parts(self) if isinstance(part, Packed)}}
+        return {
+            "layer": layer,
+            "formats": {str(i): part.format for i, part in _parts(self) if isinstance(part, Packed)},
+        }
 
     def get_build_config(self) -> None:
         """The layer within is built by its own."""

@@ -251,7 +251,8 @@ def exchange(layer: keras.layers.Layer, format: WeightFormat, packed: QuantizedM
     """
     product = kernel_product(layer)
     sizes = [layer.kernel.shape[axis] for axis in product.order]
-    del layer._kernel
+    layer._untrack_variable(layer._kernel)
+    layer._kernel = None  # and not `del`, which has Keras collect garbage for every layer
     for wrapped in ("build", "quantize"):  # Keras keeps the methods of the class that an object was made as
         vars(layer).pop(wrapped, None)
     layer._tracker.unlock()

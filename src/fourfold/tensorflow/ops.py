@@ -20,7 +20,9 @@ GRAD_ROWS_BYTES = 32 << 20  # of weights as float32, for a gradient at a time
 
 
 def _load() -> Any:
-    folder, name = (flag[2:] for flag in tf.sysconfig.get_link_flags()[:2])  # -L/folder, -l:libtensorflow_framework.so.2
+    folder, name = (
+        flag[2:] for flag in tf.sysconfig.get_link_flags()[:2]
+    )  # -L/folder, -l:libtensorflow_framework.so.2
     try:
         _core.find_tensorflow(f"{folder}/{name.removeprefix(':')}")
         ops = tf.load_op_library(str(Path(_core.__file__).with_name("_tensorflow.so")))

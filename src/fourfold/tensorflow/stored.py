@@ -28,8 +28,10 @@ def join(matrix: QuantizedMatrix) -> Bytes:
 def join_parts(parts: Mapping[str, Bytes]) -> Bytes:
     """The same from what `split` gives."""
     ordered = [parts[name] for name in ("weight", "weight_scale", "weight_format") if name in parts]
-    joined = huge_empty((1, sum(part.size for part in ordered) + ALIGNMENT))[0]
-    joined = joined[-joined.ctypes.data % ALIGNMENT :][: joined.size - ALIGNMENT]
+    size = sum(part.size for part in ordered)
+    spacious = huge_empty((1, size + ALIGNMENT))[0]
+    begin = -spacious.ctypes.data % ALIGNMENT
+    joined: Bytes = spacious[begin : begin + size]
     at = 0
     for part in ordered:
         joined[at : at + part.size] = part.reshape(-1)

@@ -49,7 +49,7 @@ class Composite:
         parts = dict(_parts(layer))
         for place, format in config["formats"].items():
             part = parts.get(int(place))
-            if type(part) not in PLAIN or not part.built:
+            if part is None or type(part) not in PLAIN or not part.built:
                 raise UserError(
                     f"{layer.name} does not come back with the parts that it was saved with; make it anew, call "
                     "`quantize` on it, and then `load_weights`"
@@ -59,7 +59,7 @@ class Composite:
 
 
 def remember(layer: keras.layers.Layer) -> None:
-    """Makes Composites of the outermost layers, `layer` included, that are saved without the parts that we exchanged."""
+    """Makes Composites of the outermost layers, `layer` included, that would be saved without our parts."""
     if isinstance(layer, Packed | Composite):
         return
     if type(layer) in SAVED_BY_PARTS:
@@ -70,14 +70,16 @@ def remember(layer: keras.layers.Layer) -> None:
 
 
 def _as_composite(layer: keras.layers.Layer) -> keras.layers.Layer:
-    object.__setattr__(layer, "__class__", _composite_class(type(layer)))
+    mixed = _composite_class(type(layer))  # type: ignore[arg-type]
+    object.__setattr__(layer, "__class__", mixed)
     return layer
 
 
 @cache
 def _composite_class(made_as: type[keras.layers.Layer]) -> type[keras.layers.Layer]:
     made = type(made_as.__name__, (Composite, made_as), {"made_as": made_as, "__module__": made_as.__module__})
-    return keras.saving.register_keras_serializable("fourfold", "Composite")(made)
+    registered: type[keras.layers.Layer] = keras.saving.register_keras_serializable("fourfold", "Composite")(made)
+    return registered
 
 
 def _parts(layer: keras.layers.Layer) -> list[tuple[int, keras.layers.Layer]]:

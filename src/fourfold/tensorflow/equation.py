@@ -14,6 +14,7 @@ class Product:
 
     n_inputs: int  # last axes of the input, which are summed over
     n_outputs: int  # last axes of the output, which are the kernel's
+    first_output: int  # where the first of those stands in Keras' `output_shape`, which lacks the batch
     order: tuple[int, ...]  # the kernel's axes so that its outputs come first, then its inputs, each as above
 
 
@@ -31,11 +32,13 @@ def plain_product(equation: str, bias_axes: str | None) -> Product:
     inputs = "".join(axis for axis in x if axis in kernel)
     outputs = "".join(axis for axis in y if axis in kernel)
     kept = x.removesuffix(inputs)
+    has_batch = bool(labels[1]) or bool(kept)
     repeats = any(len(set(axes)) < len(axes) for axes in (x, kernel, y))
-    if repeats or not inputs or not outputs or x != kept + inputs or y != kept + outputs:
+    if repeats or not has_batch or not inputs or not outputs or x != kept + inputs or y != kept + outputs:
         raise refusal
     if sorted(inputs + outputs) != sorted(kernel):
         raise refusal
     if bias_axes is not None and bias_axes != outputs:
         raise UnsupportedError(f"its bias over the axes '{bias_axes}' of '{equation}' is not one value an output")
-    return Product(len(inputs), len(outputs), tuple(kernel.index(axis) for axis in outputs + inputs))
+    first_output = len(kept) if labels[1] else len(kept) - 1
+    return Product(len(inputs), len(outputs), first_output, tuple(kernel.index(axis) for axis in outputs + inputs))

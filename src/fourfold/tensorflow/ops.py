@@ -20,11 +20,9 @@ GRAD_ROWS_BYTES = 32 << 20  # of weights as float32, for a gradient at a time
 
 
 def _load() -> Any:
-    folder, name = (
-        flag[2:] for flag in tf.sysconfig.get_link_flags()[:2]
-    )  # -L/folder, -l:libtensorflow_framework.so.2
+    folder, name = tf.sysconfig.get_link_flags()[:2]
     try:
-        _core.find_tensorflow(f"{folder}/{name.removeprefix(':')}")
+        _core.find_tensorflow(f"{folder.removeprefix('-L')}/{name.removeprefix('-l:')}")
         ops = tf.load_op_library(str(Path(_core.__file__).with_name("_tensorflow.so")))
         return ops.fourfold_linear, ops.fourfold_rows
     except (RuntimeError, AttributeError, tf.errors.OpError) as error:
@@ -56,7 +54,8 @@ def input_grad(grad: tf.Tensor, weight: tf.Tensor, inputs: int | tf.Tensor) -> t
 
     def add(begin: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         end = tf.minimum(begin + at_once, n)
-        return end, total + tf.matmul(upstream[:, begin:end], rows(weight, n, k, begin, end))
+        some = tf.ensure_shape(rows(weight, n, k, begin, end), (None, None))
+        return end, total + tf.matmul(upstream[:, begin:end], some)
 
     first = tf.constant(0, tf.int64), tf.zeros((tf.shape(upstream, tf.int64)[0], k), tf.float32)
     shapes = tf.TensorShape(()), tf.TensorShape((None, None))
@@ -64,7 +63,7 @@ def input_grad(grad: tf.Tensor, weight: tf.Tensor, inputs: int | tf.Tensor) -> t
     return tf.cast(tf.reshape(total, tf.concat((tf.shape(grad, tf.int64)[:-1], [k]), 0)), grad.dtype)
 
 
-@tf.RegisterGradient("FourfoldLinear")
+@tf.RegisterGradient("FourfoldLinear")  # type: ignore[untyped-decorator]
 def _gradient(op: Any, grad: tf.Tensor) -> tuple[tf.Tensor | None, ...]:
     x, weight, bias = op.inputs
     to_x = input_grad(grad, weight, tf.shape(x, tf.int64)[-1])

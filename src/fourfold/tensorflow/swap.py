@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from fourfold.config import WeightFormat
 from fourfold.errors import UnsupportedError, UserError
 from fourfold.matrix import as_array, check_format
 from fourfold.matrix import quantize as pack
@@ -32,12 +34,13 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
     Raises UserError for an unknown format, for a layer without weights (call the model first), for a model whose
     optimizer holds the weights, and where a weight is not a finite number (what was exchanged before stays exchanged).
     """
-    check_format(format)
-    parts = model._flatten_layers()
+    chosen = check_format(format)
+    parts: list[Any] = model._flatten_layers()
     models = [part for part in parts if isinstance(part, keras.Model)]
     if any(getattr(part.optimizer, "built", False) for part in models if getattr(part, "optimizer", None)):
         raise UserError("the model's optimizer still holds the weights; call model.compile(...) again first")
-    exchanged, left = [], []
+    exchanged: list[Any] = []
+    left: list[str] = []
     for layer in parts:
         if not isinstance(layer, tuple(PLAIN)) or not (choose is None or choose(layer.path, layer)):
             continue
@@ -48,7 +51,7 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
         else:
             exchanged.append(layer)
     for layer in exchanged:
-        _quantize_layer(layer, format)
+        _quantize_layer(layer, chosen)
     remember(model)
     for part in models:
         part.predict_function = part.train_function = part.test_function = None
@@ -58,7 +61,7 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
     return model
 
 
-def _quantize_layer(layer: keras.layers.Layer, format: str) -> None:
+def _quantize_layer(layer: keras.layers.Layer, format: WeightFormat) -> None:
     product = kernel_product(layer)
     kernel = as_array(tf.convert_to_tensor(layer.kernel)).transpose(product.order)
     outputs = math.prod(kernel.shape[: product.n_outputs])

@@ -84,7 +84,7 @@ NumberType number_type(TF_DataType type) {
     }
 }
 
-constexpr size_t kNameBytes = 4;
+constexpr size_t kNameBytes = 8;
 
 // Throws std::invalid_argument where the bytes are not those of a matrix (n, k): the kernels read by address.
 MatrixView matrix_of(const Input& weight, size_t n, size_t k) {

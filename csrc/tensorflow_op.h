@@ -3,7 +3,7 @@
 //   y = FourfoldLinear(x, weight, bias)
 //     x       (..., K)   float32, float16 or bfloat16
 //     weight  (bytes,)   uint8: the panels of a matrix (N, K) (docs/format.md), its panel scales, float32, where the
-//                        format has some, and 4 bytes of the format's name in ASCII. One tensor, so that weights are
+//                        format has some, and 8 bytes of the format's name in ASCII. One tensor, so that weights are
 //                        never without what says how to read them, and because TensorFlow takes as long to read a
 //                        variable as to start an op.
 //     bias    (N,)       float32, float16 or bfloat16; (0, N) for none

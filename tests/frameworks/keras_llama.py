@@ -79,7 +79,7 @@ class Llama(keras.Model):
         self.blocks = [Block(c) for _ in range(c.n_layers)]
         self.norm = Norm(c.norm_eps)
         self.head = dense(c.vocab_size)
-        self.angles = rotary_tables(c, c.max_context, "f32")
+        (self.angles,) = rotary_tables(c, c.max_context, "f32")
 
     def call(self, ids: Any, cache: Cache | None = None) -> tuple[Any, Cache]:
         """ids (batch, positions), behind those of the cache, to logits (batch, positions, vocabulary)."""

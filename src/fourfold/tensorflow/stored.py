@@ -13,7 +13,7 @@ from fourfold.format import SCALED, n_panels, panel_bytes
 from fourfold.matrix import QuantizedMatrix, check_format, huge_empty
 
 Bytes = NDArray[np.uint8]
-NAME_BYTES = 4  # the longest name of a format, as ASCII
+NAME_BYTES = 8  # no shorter than the longest name of a format, as ASCII
 ALIGNMENT = 64  # of TensorFlow's tensors
 
 

@@ -41,8 +41,9 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
         raise UserError("the model's optimizer still holds the weights; call model.compile(...) again first")
     exchanged: list[Any] = []
     left: list[str] = []
+    kinds: Any = tuple(PLAIN)
     for layer in parts:
-        if not isinstance(layer, tuple(PLAIN)) or not (choose is None or choose(layer.path, layer)):
+        if not isinstance(layer, kinds) or not (choose is None or choose(layer.path, layer)):
             continue
         if why := _obstacle(layer):
             left.append(f"{layer.path} ({why})")

@@ -9,6 +9,7 @@ void bind_matmul(nb::module_& m);
 void bind_pack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_program(nb::module_& m);
+void bind_tensorflow(nb::module_& m);
 
 NB_MODULE(_core, m) {
     m.doc() = "The arithmetic of fourfold. Private: the public face is the Python package.";
@@ -19,4 +20,5 @@ NB_MODULE(_core, m) {
     bind_pack(m);
     bind_probe(m);
     bind_program(m);
+    bind_tensorflow(m);
 }

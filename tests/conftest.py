@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 settings.register_profile("same every time", database=None, derandomize=True, deadline=None)
 settings.load_profile("same every time")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "frameworks")]
 
 
 @pytest.fixture(scope="session")

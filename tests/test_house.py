@@ -81,10 +81,14 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
-    ("isa", "format", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
+    ("isa", "format", "tensorflow_api", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
     ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("matmul", "program", "ops", "ops_attention", "ops_streamed"),
-    ("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe", "bind_program"),
+    ("tensorflow_op", "tensorflow_library"),
+    (
+        *("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe"),
+        *("bind_program", "bind_tensorflow"),
+    ),
 )
 NATIVE_FLOOR = {unit: number for number, floor in enumerate(NATIVE_FLOORS) for unit in floor}
 

@@ -74,7 +74,7 @@ def watch_memory(engine: nn.Module) -> tuple[list[int], Any]:
 
 
 def threads_that_ran(model: nn.Module, x: torch.Tensor) -> dict[int, float]:
-    """Of each thread of this process, its share of the CPU time that the process spent while `model` ran for a while."""
+    """Of each thread of this process, its share of the CPU time that all spent while `model` ran for a while."""
 
     def ticks() -> dict[int, int]:
         tasks = Path("/proc/self/task").iterdir()
@@ -85,7 +85,7 @@ def threads_that_ran(model: nn.Module, x: torch.Tensor) -> dict[int, float]:
         while time.process_time() < end:
             model(x)
     spent = {task: now - before.get(task, 0) for task, now in ticks().items()}
-    return {task: ticks / sum(spent.values()) for task, ticks in spent.items()}
+    return {task: own / sum(spent.values()) for task, own in spent.items()}
 
 
 def observe_threads() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fourfold.errors import UserError
 from fourfold.matrix import QuantizedMatrix, check_format, quantize
+from fourfold.torch.direct import is_unobserved, multiply
 from fourfold.torch.ops import weight_shapes
 
 FORMAT_BYTES = 8  # no shorter than the longest name of a format, as ASCII
@@ -47,12 +48,12 @@ class Linear(nn.Linear):
             raise UserError(f"a linear needs inputs and outputs, not {in_features} and {out_features}")
         self.in_features, self.out_features = in_features, out_features
         self.format = check_format(format)
-        shape, scale_shape = weight_shapes(format, out_features, in_features)
-        self.weight = _fixed(torch.zeros(shape, dtype=torch.uint8, device=device))
+        self._shapes = shape, scale_shape = weight_shapes(format, out_features, in_features)
+        self.weight = fixed(torch.zeros(shape, dtype=torch.uint8, device=device))
         self.weight_scale = None
         if scale_shape is not None:
-            self.weight_scale = _fixed(torch.zeros(scale_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_format", _format_tensor(format).to(device=device))
+            self.weight_scale = fixed(torch.zeros(scale_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_format", format_tensor(format).to(device=device))
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
@@ -71,15 +72,22 @@ class Linear(nn.Linear):
         """A linear over a matrix's own memory."""
         n, k = matrix.shape
         made = cls(k, n, bias=False, device="meta", format=matrix.format)
-        made.weight = _fixed(torch.from_numpy(matrix.panels))
+        made.weight = fixed(torch.from_numpy(matrix.panels))
         if matrix.scales is not None:
-            made.weight_scale = _fixed(torch.from_numpy(matrix.scales).unsqueeze(1).view(torch.uint8))
-        made.weight_format = _format_tensor(matrix.format)
+            made.weight_scale = fixed(torch.from_numpy(matrix.scales).unsqueeze(1).view(torch.uint8))
+        made.weight_format = format_tensor(matrix.format)
         made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return made
 
     def forward(self, input: Tensor) -> Tensor:
         """Raises UserError for inputs of another width or type."""
+        if is_unobserved(input):
+            own = self._parameters  # a module's attributes take a microsecond each
+            weight, scale, bias = own["weight"], own.get("weight_scale"), own["bias"]
+            n, k = self.out_features, self.in_features
+            direct = multiply(input, weight, scale, bias, self.format, *self._shapes, n, k)
+            if direct is not None:
+                return direct
         if input.shape[-1] != self.in_features:
             raise UserError(f"the last axis must be the {self.in_features} inputs; this input is {tuple(input.shape)}")
         y: Tensor = torch.ops.fourfold.linear(
@@ -99,15 +107,15 @@ class Linear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.get(f"{prefix}weight_format")
-        if found is not None and not torch.equal(found.cpu(), _format_tensor(self.format)):
+        if found is not None and not torch.equal(found.cpu(), format_tensor(self.format)):
             name = bytes(found.cpu().flatten().tolist()).rstrip(b"\0").decode("ascii", "replace")
             raise UserError(f"{prefix.rstrip('.') or 'this linear'} is {self.format}, and its weights are {name}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _fixed(tensor: Tensor) -> nn.Parameter:
+def fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _format_tensor(format: str) -> Tensor:
+def format_tensor(format: str) -> Tensor:
     return torch.tensor(list(format.encode().ljust(FORMAT_BYTES, b"\0")), dtype=torch.uint8)

@@ -59,7 +59,7 @@ def _linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
 ) -> Tensor:
     k = x.shape[-1]
-    _check(weight, weight_scale, format, out_features, k)
+    check_weight(weight, weight_scale, format, out_features, k)
     rows = x.reshape(-1, k)  # a view, where x's axes allow it
     if rows.stride(1) != 1 or rows.stride(0) < k:
         rows = rows.contiguous()
@@ -137,7 +137,7 @@ def _dequantize_fake(
 
 def _rows(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int, begin: int, end: int) -> Tensor:
     """Rows [begin, end) of the weight, float32."""
-    _check(weight, weight_scale, format, n, k)
+    check_weight(weight, weight_scale, format, n, k)
     rows = torch.empty((end - begin, k), dtype=torch.float32)
     scales = 0 if weight_scale is None else weight_scale.data_ptr()
     threads = torch.get_num_threads()
@@ -161,7 +161,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, None, to_bias, None, None
 
 
-def _check(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int) -> None:
+def check_weight(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int) -> None:
     """Raises UserError where the tensors are not those of a matrix (n, k): the kernels read by address."""
     shape, scale_shape = weight_shapes(format, n, k)
     if weight.shape != shape or weight.dtype != torch.uint8 or not weight.is_contiguous():

@@ -1,0 +1,71 @@
+"""`FourfoldConfig`: what a user asks for, and what a saved model's config.json says of itself."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fourfold.errors import UserError
+from fourfold.matrix import check_format
+
+METHOD = "fourfold"
+
+
+@register_quantization_config(METHOD)
+class FourfoldConfig(QuantizationConfigMixin):
+    """Quantize the matrices of a model to a weight format of fourfold.
+
+    - `format`: nf4 (default), int4, fp4, int8, bf16, f32: any that docs/format.md describes.
+    - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
+      beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
+      methods do. A list takes the place of that: with [] the head is quantized like everything else.
+    - `head`: a format for the output head alone, None to leave it to `modules_to_not_convert`. In int8 it is as good as
+      unquantized, and read in half the time.
+
+    An embedding that is tied to a quantized head is read from it, so that there is one matrix still.
+
+    Raises UserError for an unknown format or key, and for patterns that are none.
+    """
+
+    def __init__(
+        self,
+        format: str = "nf4",
+        modules_to_not_convert: list[str] | None = None,
+        head: str | None = None,
+        *,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise UserError(
+                f"a FourfoldConfig has no {', '.join(sorted(unknown))}; it has format, modules_to_not_convert and head"
+            )
+        if quant_method != METHOD:
+            raise UserError(f"a FourfoldConfig's quant_method is {METHOD!r}, not {quant_method!r}")
+        self.quant_method = METHOD
+        self.format: str = check_format(format)
+        self.modules_to_not_convert = _checked(modules_to_not_convert)
+        self.head: str | None = None if head is None else check_format(head)
+
+    @property
+    def formats(self) -> set[str]:
+        """Those that a model has."""
+        return {self.format} | ({self.head} if self.head else set())
+
+
+def _checked(patterns: Any) -> list[str] | None:
+    if patterns is None:
+        return None
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"modules_to_not_convert must be a list of names, or None; it is {patterns!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{pattern!r} in modules_to_not_convert is neither a name nor a regular expression: {error}"
+            ) from None
+    return list(patterns)

@@ -1,0 +1,144 @@
+"""Products by many matrices in one call, rows of a head, and the way past PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fourfold.errors import UserError
+
+torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
+from fourfold.torch import Linear  # noqa: E402
+from fourfold.torch import grouped as _grouped  # noqa: E402, F401  # defines the operator
+from fourfold.torch import linear as linear_module  # noqa: E402
+from fourfold.torch.embedding import TiedEmbedding  # noqa: E402
+
+K, N, E = 70, 40, 3
+FORMATS = ["nf4", "f32"]  # with scales, and without
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def made(format: str, n: int = N, *, bias: bool = True) -> Linear:
+    return Linear.from_float(torch.nn.Linear(K, n, bias=bias), format=format).requires_grad_(False)
+
+
+def stacked(matrices: list[Linear]) -> tuple[Any, ...]:
+    """weight, weight_scale, bias, format, out_features, as the operator takes them."""
+    scales = None if matrices[0].weight_scale is None else torch.stack([m.weight_scale for m in matrices])
+    biases = torch.stack([m.bias for m in matrices])
+    return torch.stack([m.weight for m in matrices]), scales, biases, matrices[0].format, N
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 5], [1, 1, 1], [0, 0, 0]])
+def test_each_group_is_multiplied_by_its_matrix(format: str, counts: list[int]) -> None:
+    matrices = [made(format) for _ in range(E)]
+    x = torch.randn(5, K, requires_grad=True)
+    y = torch.ops.fourfold.grouped_linear(x, torch.tensor(counts), *stacked(matrices))
+    groups = x.split([*counts, 5 - sum(counts)])
+    expected = torch.cat([matrix(group) for matrix, group in zip(matrices, groups, strict=False)])
+    assert torch.equal(y[: sum(counts)], expected)
+    assert not y[sum(counts) :].any()
+    y.square().sum().backward()
+    grad, x.grad = x.grad, None
+    expected.square().sum().backward()
+    assert torch.equal(grad, x.grad)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pytorch_knows_the_operators(format: str) -> None:
+    matrices = [made(format) for _ in range(E)]
+    x, counts = torch.randn(5, K, requires_grad=True), torch.tensor([2, 0, 3])
+    torch.library.opcheck(torch.ops.fourfold.grouped_linear.default, (x, counts, *stacked(matrices)))
+    head = matrices[0]
+    ids = torch.tensor([[0, 3], [N - 1, 3]])
+    args = (ids, head.weight, head.weight_scale, format, N, K)
+    torch.library.opcheck(torch.ops.fourfold.rows.default, args)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    weight, scales, bias, format, n = stacked([made("nf4") for _ in range(E)])
+    x = torch.randn(5, K)
+    product, counts = torch.ops.fourfold.grouped_linear, torch.tensor([2, 0, 3])
+    for wrong in ([2, 0, 4], [-1, 3, 3]):
+        with pytest.raises(UserError, match="counts must share out the 5 rows"):
+            product(x, torch.tensor(wrong), weight, scales, bias, format, n)
+    with pytest.raises(UserError, match="one integer for each of the 3 matrices"):
+        product(x, torch.tensor([5]), weight, scales, bias, format, n)
+    with pytest.raises(UserError, match="nf4 weights of 40 outputs and 60 inputs are"):
+        product(x[:, :60], counts, weight, scales, bias, format, n)
+    with pytest.raises(UserError, match="nf4 needs panel scales"):
+        product(x, counts, weight, None, bias, format, n)
+    with pytest.raises(UserError, match="scales of these weights are a contiguous uint8 tensor"):
+        product(x, counts, weight, scales[:, :1], bias, format, n)
+    with pytest.raises(UserError, match=r"bias must be floating-point numbers \(3, 40\)"):
+        product(x, counts, weight, scales, bias[:, :3], format, n)
+    with pytest.raises(UserError, match="x must be rows of float32"):
+        product(x.double(), counts, weight, scales, bias, format, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_reads_the_rows_of_its_head(dtype: torch.dtype) -> None:
+    head = made("nf4", bias=False)
+    embedding = TiedEmbedding(head, dtype)
+    assert list(embedding.state_dict()) == []
+    assert list(embedding.parameters()) == []
+    ids = torch.tensor([[5, 0], [39, 5]])
+    assert torch.equal(embedding(ids), head.dequantize()[ids].to(dtype))
+    assert embedding(ids[:0]).shape == (0, 2, K)
+    for wrong in (-1, N):
+        with pytest.raises(UserError, match=r"ids must be in 0\.\.39"):
+            embedding(torch.tensor([wrong]))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_past_the_dispatcher_there_are_the_same_bits(format: str, bias: bool) -> None:
+    linear = made(format, bias=bias)
+    for x in (torch.randn(2, 3, K), torch.randn(K).half(), torch.randn(0, K), torch.randn(3, 2 * K).bfloat16()[:, ::2]):
+        expected = linear(x)
+        for unobserved in (torch.no_grad(), torch.inference_mode()):
+            with unobserved:
+                y = linear(x)
+            assert y.dtype == x.dtype
+            assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_whoever_wants_to_see_a_call_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = made("nf4"), torch.randn(2, K)
+    monkeypatch.setattr(linear_module, "multiply", _never)
+    with torch.enable_grad():
+        assert linear(x.requires_grad_()).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+    with torch.profiler.profile() as profile:
+        linear(x)
+    assert "fourfold::linear" in {event.key for event in profile.key_averages()}
+    assert torch.compile(linear, backend="eager", fullgraph=True)(x).shape == (2, N)
+    assert torch.fx.experimental.proxy_tensor.make_fx(linear)(x).graph.find_nodes(
+        op="call_function", target=torch.ops.fourfold.linear.default
+    )
+    with pytest.raises(AssertionError, match="seen"):
+        linear(x.detach())
+
+
+@torch.no_grad()
+def test_what_is_wrong_is_still_refused_past_the_dispatcher() -> None:
+    linear = made("nf4")
+    with pytest.raises(UserError, match="last axis must be the 70 inputs"):
+        linear(torch.randn(2, K + 1))
+    with pytest.raises(UserError, match=r"not torch\.float64"):
+        linear(torch.randn(2, K).double())
+    linear.weight.data = linear.weight.data[:1]
+    with pytest.raises(UserError, match="a contiguous uint8 tensor"):
+        linear(torch.randn(2, K))
+
+
+def _never(*args: Any) -> None:
+    raise AssertionError("this call was to be seen")

@@ -23,7 +23,7 @@ FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 
 
 def test_a_server_among_rude_clients(tmp_path: Path, smollm2: Path) -> None:
-    words = [sys.executable, str(FUZZ), "--seconds=15", "--seed=5", "--growth=100", f"--log={tmp_path / 'log'}"]
+    words = [sys.executable, str(FUZZ), "--seconds=8", "--seed=5", "--growth=100", f"--log={tmp_path / 'log'}"]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
     assert ran.returncode == 0, ran.stderr
     kinds = Counter(line.split(" | ")[0].removeprefix("| ") for line in ran.stdout.splitlines())

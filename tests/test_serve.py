@@ -19,6 +19,8 @@ import httpx
 import openai
 import pytest
 
+import tiny
+
 ASK: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 SERVE = [sys.executable, "-c", "import sys; from fourfold.cli import main; main(['serve', *sys.argv[1:]])"]
 KEY = "a-key-of-twenty-chars"
@@ -44,10 +46,10 @@ class Process:
 
 
 @contextmanager
-def serving(*flags: str, key: str = "", command: Sequence[str] = SERVE) -> Iterator[Process]:
+def serving(*flags: str, model: str = "smollm2", key: str = "", command: Sequence[str] = SERVE) -> Iterator[Process]:
     """A server on a free port, until it is ready."""
     environment = {**os.environ, "FOURFOLD_API_KEY": key}
-    words = [*command, "smollm2", "--port=0", "--no-measure", "--log-format=json", *flags]
+    words = [*command, model, "--port=0", "--no-measure", "--log-format=json", *flags]
     popen = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
     assert popen.stderr is not None
     log: list[dict[str, Any]] = []
@@ -71,6 +73,14 @@ def serving(*flags: str, key: str = "", command: Sequence[str] = SERVE) -> Itera
 def smollm() -> Iterator[openai.OpenAI]:
     with serving("--max-running=8", "--context=2048") as process, process.client as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model for tests that hardly ask it anything."""
+    config = tiny.CONFIG | {"vocab_size": 264, "max_position_embeddings": 512}
+    file = tmp_path_factory.mktemp("small") / "model.gguf"
+    return str(tiny.write_gguf(file, config, tiny.tensors(config)))
 
 
 def test_models(smollm: openai.OpenAI) -> None:
@@ -200,10 +210,10 @@ def test_errors_are_openais(smollm: openai.OpenAI) -> None:
         smollm.chat.completions.create(model="gpt-4", messages=ASK)
 
 
-def test_a_key_a_name_and_a_file_of_options(tmp_path: Path) -> None:
+def test_a_key_a_name_and_a_file_of_options(small: str, tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
     config.write_text('name = "file"\nmax-n = 1\ncontext = 256\nlog_level = "warning"\n')
-    with serving(f"--config={config}", "--name=flag", "--log-level=info", key=KEY) as process:
+    with serving(f"--config={config}", "--name=flag", "--log-level=info", model=small, key=KEY) as process:
         assert [model.id for model in process.client.models.list()] == ["flag"]
         with pytest.raises(openai.AuthenticationError):
             process.client.with_options(api_key="wrong").models.list()
@@ -292,8 +302,8 @@ def test_without_its_libraries_it_says_what_to_install() -> None:
     assert "install what it needs with `pip install 'fourfold[serve]'`" in ran.stderr
 
 
-def test_beyond_this_machine_without_a_key_it_warns(smollm2: Path) -> None:
-    with serving("--host=0.0.0.0", "--context=128") as process:
+def test_beyond_this_machine_without_a_key_it_warns(small: str) -> None:
+    with serving("--host=0.0.0.0", "--context=128", model=small) as process:
         said = " ".join(" ".join(entry.get("text", "").split()) for entry in process.log)
         assert "EVERYBODY who can reach 0.0.0.0 can use this server" in said
         assert process.end(signal.SIGINT) == 0

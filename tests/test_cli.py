@@ -34,7 +34,7 @@ sys.path.insert(0, {tests!r})
 from scripted import ScriptedEngine, scripted_llm
 from fourfold import cli, cli_generate
 extend = ScriptedEngine.extend
-ScriptedEngine.extend = lambda *a: (time.sleep(0.02), extend(*a))[1]
+ScriptedEngine.extend = lambda *a: (time.sleep(0.06), extend(*a))[1]
 cli_generate.load = lambda options: scripted_llm("one two three four five six seven eight nine ten.<eos>")[0]
 cli.main(sys.argv[1:])
 """

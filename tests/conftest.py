@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 settings.register_profile("same every time", database=None, derandomize=True, deadline=None)
 settings.load_profile("same every time")
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # which a shell's `# a shell's `&` has it ignored, and by all that is started here` has ignored, by children too
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "frameworks")]
 
 

@@ -6,8 +6,8 @@ Needs QEMU and a kernel, which `make nodes` fetches; skipped where they are not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
 
 
 @pytest.fixture(scope="module")
-def report_of(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Report]]:
-    """A machine's report, by name; each is booted once, two at a time: one alone hardly keeps two CPUs busy."""
+def report_of(models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Report]:
+    """A machine's report, by name; each is booted once."""
     initramfs = make_initramfs(tmp_path_factory.mktemp("initramfs"), models, list(TOPOLOGIES.values()))
-    with ThreadPoolExecutor(2) as booting:
-        reports = {name: booting.submit(boot, topology, initramfs) for name, topology in TOPOLOGIES.items()}
-        yield lambda name: reports[name].result()
-        booting.shutdown(cancel_futures=True)
+    return cache(lambda name: boot(TOPOLOGIES[name], initramfs))
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

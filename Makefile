@@ -35,7 +35,7 @@ test: $(READY) check
 FRAMEWORKS := $(VENV)/.frameworks
 # GPTQModel, which writes GPTQ's and AWQ's files, asks for a newer PyTorch than DeepSpeed is tried with, and runs on this one.
 GPTQMODEL := gptqmodel==7.7.0 pypcre logbar device-smi tokenicer threadpoolctl defuser datasets pyarrow dill multiprocess \
-	xxhash torchao
+	xxhash torchao optimum
 $(FRAMEWORKS): $(READY)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[frameworks]"
 	$(BIN)/pip install --quiet --no-deps $(GPTQMODEL)

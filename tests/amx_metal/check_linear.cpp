@@ -90,13 +90,6 @@ const float* run(Checks& checks, const LinearKernel& row, const Matrix& matrix, 
     return y;
 }
 
-const LinearKernel* twin_of(const LinearKernel& row, std::span<const LinearKernel> rows) {
-    const auto twin = std::find_if(rows.begin(), rows.end(), [&](const LinearKernel& other) {
-        return other.format == row.format && other.activation == row.activation;
-    });
-    return twin == rows.end() ? nullptr : &*twin;
-}
-
 // One row of the table, and those that must give its bits.
 class Subject {
   public:
@@ -105,48 +98,48 @@ class Subject {
         if (row.activation == Activation::i16) add_twin(linear_rows_avx512());  // bf16 is added in another order there
     }
 
+    // Inputs times `size`, one of them `bad` if that is not 0.
     void check(const Matrix& matrix, size_t k, size_t m, float size = 1, float bad = 0) {
         static float kept[kMostTokens * (kMostOutputs + kBesideY)];
         const uint8_t* const x = make_x(row_.activation, m, k, size, bad);
         const size_t stride = y_stride(matrix);
         std::memcpy(kept, run(checks_, row_, matrix, x, m), m * stride * sizeof(float));
         for (size_t i = 0; i < n_twins_; ++i) {
-            const float* const expected = run(checks_, *twins_[i], matrix, x, m);
-            const size_t wrong = first_difference(kept, expected, m * stride), r = wrong / stride, c = wrong % stride;
-            if (wrong < m * stride)
-                checks_.that(false, row_.name, " at (", m, ", ", matrix.n, ", ", k, "), inputs of ", Hex{bits(size)},
-                             ": y[", r, "][", c, "] is ", Hex{bits(kept[wrong])}, ", and ", Hex{bits(expected[wrong])},
-                             " by ", twins_[i]->name);
+            const float* const expected = run(checks_, *twins_[i].row, matrix, x, m);
+            for (size_t at = 0; at < m * stride; ++at)
+                if (!same_bits(kept[at], expected[at])) {
+                    ++twins_[i].n_different;
+                    checks_.that(false, row_.name, " at (", m, ", ", matrix.n, ", ", k, "), inputs of ",
+                                 Hex{bits(size)}, ": y[", at / stride, "][", at % stride, "] is ", Hex{bits(kept[at])},
+                                 ", and ", Hex{bits(expected[at])}, " by ", twins_[i].row->name);
+                }
         }
         n_results_ += m * (stride - kBesideY);
         ++n_calls_;
     }
 
     void tell() const {
-        print(row_.name);
-        print(": ");
-        print(n_results_);
-        print(" results of ");
-        print(n_calls_);
-        print(" calls have the bits of ");
         for (size_t i = 0; i < n_twins_; ++i)
-            print(twins_[i]->name), print(std::string_view(i + 1 < n_twins_ ? " and " : "\n"));
+            say(row_.name, ": ", n_calls_, " calls, ", n_results_ - twins_[i].n_different, " of ", n_results_,
+                " results have the bits of ", twins_[i].row->name);
     }
 
   private:
+    struct Twin {
+        const LinearKernel* row;
+        size_t n_different;
+    };
+
     void add_twin(std::span<const LinearKernel> rows) {
-        const LinearKernel* const twin = twin_of(row_, rows);
-        if (checks_.that(twin != nullptr, row_.name, " has no twin")) twins_[n_twins_++] = twin;
-    }
-    static size_t first_difference(const float* a, const float* b, size_t n) {
-        size_t i = 0;
-        while (i < n && same_bits(a[i], b[i])) ++i;
-        return i;
+        const auto twin = std::find_if(rows.begin(), rows.end(), [&](const LinearKernel& other) {
+            return other.format == row_.format && other.activation == row_.activation;
+        });
+        if (checks_.that(twin != rows.end(), row_.name, " has no twin")) twins_[n_twins_++] = {&*twin, 0};
     }
 
     Checks& checks_;
     const LinearKernel& row_;
-    const LinearKernel* twins_[2] = {};
+    Twin twins_[2] = {};
     size_t n_twins_ = 0, n_calls_ = 0, n_results_ = 0;
 };
 

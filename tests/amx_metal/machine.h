@@ -21,9 +21,10 @@ void print(Hex number);
 void print_number(uint64_t number);
 void print(std::unsigned_integral auto number) { print_number(number); }
 
-// A line of its parts.
+// A line of its parts, marked as ours: the emulator speaks too.
 template <class... Parts>
 void say(const Parts&... parts) {
+    print("> ");
     (print(parts), ...);
     print("\n");
 }

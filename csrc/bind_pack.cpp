@@ -101,12 +101,9 @@ void bind_pack(nb::module_& m) {
             return nb::make_tuple(sums.error, sums.reference);
         },
         nb::arg("codes"), nb::arg("block_scales"), nb::arg("format"), nb::arg("panels_out"), nb::arg("scales_out"),
-        "Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64) into uint8 (P, panel bytes) and "
-        "float32 "
-        "(P,).\n"
-        "Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that the format "
-        "does "
-        "not have and for a scale that is not finite.");
+        "Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64) into uint8 (P, panel bytes) and\n"
+        "float32 (P,). Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that\n"
+        "the format does not have and for a scale that is not finite.");
     m.def(
         "unpack",
         [](const Array<uint8_t, 2, nb::ro>& panels, const std::optional<Array<float, 1, nb::ro>>& scales,

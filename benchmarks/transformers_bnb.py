@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fourfold.cli import explain
+from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.locate import source_path
 from fourfold.machine import plan_ranks, read_machine
@@ -161,17 +161,5 @@ def _figure(speeds: Sequence[float], of_peer: Sequence[float]) -> str:
     return f"{median(speeds):.1f} ({min(speeds):.1f}–{max(speeds):.1f}); {ratio:.2f} ×"
 
 
-def main() -> None:
-    """Errors as one sentence, as `fourfold` has them."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence, status = explain(error)
-        print(f"transformers_bnb: {' '.join(sentence.split())}", file=sys.stderr)
-        sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_as("transformers_bnb", app)

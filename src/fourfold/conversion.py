@@ -279,6 +279,7 @@ class _Packer:
         scales = np.empty(p, np.float32) if fmt in SCALED else None
         try:
             if rows.dtype.names:
+                assert scales is not None  # codes are kept in formats with scales
                 codes, of_blocks = (np.ascontiguousarray(rows[name]) for name in ("codes", "scales"))
                 error, reference = _core.place(codes, of_blocks, fmt, panels, scales)
             else:

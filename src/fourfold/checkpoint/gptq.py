@@ -62,9 +62,10 @@ def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> C
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
         first, last = start // 8, -(-stop // 8)
         stored = nibbles(zero_words.rows(0, k // group)[:, first:last])[:, start - 8 * first : stop - 8 * first]
-        if stored_less and (stored == 15).any():  # readers differ on what it means
+        if stored_less and (stored == 15).any():
             raise UnsupportedError(
-                f"{parts.where}: {module}.qzeros holds the zero point 16, which is not one of 4 bits"
+                f"{parts.where}: {module}.qzeros holds a 15, which some programs take for the zero point 16 and some"
+                " for 0; use a checkpoint saved as gptq_v2, where zero points are stored as they are"
             )
         return (stored.T + np.uint8(stored_less)).view(np.int8)
 

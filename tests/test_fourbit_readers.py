@@ -41,6 +41,11 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Written], tuple[str, ...]
         ("int4", "uint4", "int8"),
     ),
     "GPTQ, asymmetric": (writers.gptq_config(sym=False), lambda *a: writers.gptq(*a, zero=None), ("uint4", "int8")),
+    "GPTQ 2, asymmetric, one scale an output": (
+        writers.gptq_config(-1, sym=False, version=2),
+        lambda *a: writers.gptq(*a, group=1 << 30, zero=None, version=2),
+        ("uint4", "int8"),
+    ),
     "AWQ": (writers.awq_config(), writers.awq, ("uint4", "int8")),
     "AWQ, groups of 64": (writers.awq_config(64), lambda *a: writers.awq(*a, group=64), ("uint4", "int8")),
     "AWQ, zero points of 8": (writers.awq_config(), lambda *a: writers.awq(*a, zero=8), ("int4", "uint4", "int8")),
@@ -227,6 +232,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(group_size=2**31), "group_size"),
     ("GPTQ", option(group_size="all"), "group_size"),
     ("GPTQ", option(group_size=64), r"scales should be float16 or bfloat16 or float32 \(4, 128\)"),
+    ("GPTQ", option(meta={"quantizer": [7]}), "quantizer to .7.; it must be a string or a list"),
+    ("GPTQ", option(meta="gptqmodel"), "meta to 'gptqmodel'; it must be an object"),
     ("GPTQ", option(dynamic={"up_proj": {"bits": 8}}), "dynamic"),
     ("GPTQ", option(rotation="hadamard"), "rotation: fourfold does not know this key"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), r"q_proj.g_idx deals the inputs out .*\(desc_act\)"),
@@ -290,8 +297,9 @@ def test_a_bias_that_the_model_does_not_have_may_be_there_if_it_is_zero(value: i
 
 
 def test_a_zero_point_that_readers_differ_on_is_refused(tmp_path: Path) -> None:
-    path, _ = writers.checkpoint(tmp_path / "model", writers.gptq_config(), writers.gptq)
-    changed(path, tensor(f"{MODULE}.qzeros", lambda t: np.full_like(t, -1)))
+    """Unless it is known that GPTQModel has written it: the zero points of `GPTQ, asymmetric` go down to 0."""
+    config = writers.gptq_config(sym=False) | {"meta": {"quantizer": "autogptq:0.7"}}
+    path, _ = writers.checkpoint(tmp_path / "model", config, lambda *a: writers.gptq(*a, zero=None))
     with (
         open_source(path) as source,
         pytest.raises(UnsupportedError, match=r"q_proj.qzeros holds a 15, which some .* gptq_v2"),

@@ -1,9 +1,9 @@
 // linear, AVX-512, float32 activations: every format, for few tokens. The more exact kernel of the scaled formats.
 //
 //   lanes      the 16 outputs of a panel
-//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight vector is decoded once for all rows
-//   counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma (uint4: 8 subtractions more); the scale
-//              once a tile (1,024 weights)
+//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight is decoded once for all rows
+//   counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma (uint4: 8 subtractions too);
+//              the scale once a tile (1,024 weights)
 //   accuracy   float32 throughout
 #include "kernels/decode_avx512.h"
 #include "kernels/linear_rows.h"

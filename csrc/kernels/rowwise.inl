@@ -143,11 +143,12 @@ void unpack_row(Format f, const uint8_t* panels, const float* panel_scales, size
     const size_t lane = n % kTileN;
     for (size_t t = 0; t < k_tiles; ++t) {
         const uint8_t* codes = panel + code_offset(f, t, k_tiles);
-        const float scale = has_scales(f) ? panel_scales[n / kTileN] * e4m3(panel[scale_offset(f, t) + lane]) : 1.0f;
+        const uint8_t* at = panel + scale_offset(f, t) + lane;
+        const float scale = has_scales(f) ? panel_scales[n / kTileN] * e4m3(*at) : 1.0f, zero = zero_point(f, at);
         for (size_t k = 0; k < kTileK; ++k, ++out) {
             if (is_4bit(f)) {
                 const uint8_t byte = codes[nibble_byte(lane, k)];
-                *out = scale * codebook(f)[nibble_is_high(k) ? byte >> 4 : byte & 15];
+                *out = scale * (codebook(f)[nibble_is_high(k) ? byte >> 4 : byte & 15] - zero);
             } else if (f == Format::int8) {
                 *out = scale * (static_cast<float>(static_cast<int8_t>(codes[int8_byte(lane, k)])) / 127.0f);
             } else if (f == Format::bf16) {

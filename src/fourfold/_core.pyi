@@ -204,11 +204,14 @@ def place(
     format: str,
     panels_out: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu")],
     scales_out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+    zeros: Annotated[NDArray[numpy.int8], dict(shape=(None, None), order="C", device="cpu", writable=False)]
+    | None = None,
 ) -> tuple:
     """
-    Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64) into uint8 (P, panel bytes) and
-    float32 (P,). Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that
-    the format does not have and for a scale that is not finite.
+    Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64), of uint4 their zero points int8
+    (N, K / 64) too, into uint8 (P, panel bytes) and float32 (P,).
+    Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that the format
+    does not have and for a scale that is not finite.
     """
 
 def unpack(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 from fourfold.config import FORMATS, WeightFormat
 

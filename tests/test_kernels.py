@@ -10,12 +10,12 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in _core.linear_kernels()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 from fourfold.config import WeightFormat
 from fourfold.format import SCALED, ZEROED

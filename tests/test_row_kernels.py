@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+import fourfold._core as _core
 
 EPS = 2.0**-24  # of float32, to nearest
 BF16 = 2.0**-9  # of bfloat16, to nearest

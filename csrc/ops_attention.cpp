@@ -89,6 +89,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const Buffer &queries = Ops::buffer(p, q), &to = Ops::buffer(p, dst);
     const Program::Cache& cache = Ops::cache(p, layer);
     const KvFormat kv = Ops::options(p).kv;
+    const AttendKernel& kernel = Ops::attend_kernel(p, step.n_tokens(), step.tokens_class);
     const size_t chunk = Ops::attend_chunk(p), page_bytes = KvPage::bytes(kv, d);
     const size_t query_floats = attend_partial_floats(d), item_floats = kAttendQueries * query_floats;
     const auto positions_of = [&](const Item& i) {
@@ -115,7 +116,6 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     args.page_stride = cache.n_heads[r] * page_bytes;
     args.d = d;
     args.scale = scale;
-    args.format = kv;
     args.scratch = reinterpret_cast<float*>(Ops::scratch(p, worker));
     const auto attend = [&](const Item& i, size_t c, float* partial) {
         args.pages = cache.pages[r].as() + i.kv_head * page_bytes;
@@ -132,7 +132,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
                 args.first[args.n_queries] = first_of(position);
                 args.n_positions[args.n_queries] = position + 1;
             }
-        Ops::rows(p).attend(args);
+        kernel.run(args);
     };
     const auto merge = [&](const Item& i, size_t query, const float* partials) {
         float* out = to.row(r, i.row + query / i.n_heads) + (i.head + query % i.n_heads) * d;

@@ -172,7 +172,7 @@ class Run:
         }
 
     def kernels(self, *rows: int) -> dict[str, Any]:
-        """Linear kernels for so many rows at a time, by weight format, and whether they use AMX."""
+        """Kernels for so many rows at a time, by weight format or "attention", and whether they use AMX."""
         by_rows = {str(m): dict(self.engine.kernels(m)) for m in rows}
         names = [name for kernels in by_rows.values() for name in kernels.values()]
         return {"kernels": by_rows, "amx": uses_amx(names)}

@@ -1,6 +1,6 @@
 """Every row of the table of attention kernels, against float64 over what their pages hold.
 
-Tolerances are computed: float32 rounds each of the operations that lead to a result once, a row what it declares besides.
+Tolerances are computed: float32 rounds each of the operations that lead to a result once, a row what it declares too.
 Each call is checked for writes outside of what the kernel was given (csrc/bind_kernels.cpp).
 """
 
@@ -94,7 +94,7 @@ def test_attention_at_every_length_to_200(kernel: str, d: int) -> None:
 
 @pytest.mark.parametrize("d", ODD_DIMS)
 def test_a_prompts_rows_with_heads_of_any_size(kernel: str, d: int) -> None:
-    """16 rows, one behind the other, at the edges of pages, of the 256 positions that tiles take together, of chunks."""
+    """Rows one behind the other, at the edges of pages, of chunks, of the 256 positions that tiles take together."""
     k, v = numbers(600, d, seed=1), numbers(600, d, seed=2)
     for last, n, chunk in ((16, 16, 256), (70, 16, 256), (263, 16, 256), (300, 5, 576), (600, 16, 320)):
         seen = list(range(last - n + 1, last + 1))

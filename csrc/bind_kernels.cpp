@@ -83,11 +83,13 @@ std::string isa_of_kernel(const std::string& name) {
     throw std::invalid_argument("there is no kernel named " + name);
 }
 
-// Floats between two margins, which still hold what they held at first as long as nothing is written there.
+// Floats, at first no numbers, between two margins, which still hold what they held at first as long as nothing is
+// written there.
 class Guarded {
   public:
     explicit Guarded(size_t n) : n_(n), memory_((n + 2 * kMargin) * sizeof(float), kAnyNode) {
         std::fill_n(memory_.as<float>(), n + 2 * kMargin, kMark);
+        std::fill_n(get(), n, NAN);
     }
     float* get() const { return memory_.as<float>() + kMargin; }
     bool is_intact() const {

@@ -158,6 +158,42 @@ def test_sums_shrink_as_higher_scores_come(kernel: str) -> None:
     check_attention(kernel, q, k[::-1].copy(), v, [700, 1100], chunk=1152)
 
 
+# Queries, keys and values that rounding leaves as they are: then a weight is as exact as exp, sums and merging.
+
+
+def unrounded(kernel: str, sizes: Any) -> Floats:
+    """Queries (Q, 64), one number other than 0 in each, near those sizes."""
+    rounded = np.asarray(sizes).astype(ml_dtypes.bfloat16).astype(np.float64)
+    q = np.zeros((len(rounded), 64), np.float32)
+    q[:, 0] = rounded / (64**-0.5 * np.log2(np.e)) if "amx" in kernel else rounded  # tiles hold q scale log2(e)
+    return q
+
+
+def test_exp_is_as_exact_as_floats(kernel: str) -> None:
+    k, v = np.zeros((2, 64), np.float32), np.zeros((2, 64), np.float32)
+    k[0, 0], k[1, 0], v[0] = 1, -1, 127
+    for sizes in np.geomspace(1e-3, 300, 320).reshape(-1, 16):
+        q = unrounded(kernel, sizes)
+        score = q[:, :1].astype(np.float64) * 64**-0.5
+        exact = np.broadcast_to(127 / (1 + np.exp(-2 * score)), q.shape)
+        close(attend(kernel, q, k, v, [2] * 16), exact, exact * EPS * (8 + 8 * score))
+
+
+def test_weights_add_up_as_exactly_as_floats_do(kernel: str) -> None:
+    rng, scale = np.random.default_rng(0), 64**-0.5
+    k, v = np.zeros((600, 64), np.float32), np.zeros((600, 64), np.float32)
+    for size in (1.5, 24, 96):
+        q = unrounded(kernel, [size])
+        k[:, 0] = rng.uniform(-1, 1, 600).astype(ml_dtypes.bfloat16)
+        scores = np.float64(q[0, 0]) * k[:, 0].astype(np.float64) * scale
+        v[:] = 0
+        v[scores.argmax()] = 127
+        for chunk in (64, 256, 576):
+            exact = 127 / np.exp(scores - scores.max()).sum()
+            off = EPS * (700 + 8 * abs(scores).max())
+            close(attend(kernel, q, k, v, [600], chunk=chunk), np.full((1, 64), exact), exact * off)
+
+
 def test_extreme_scores_neither_overflow_nor_lose_the_answer(kernel: str) -> None:
     kv, rounding = ROWS[kernel]["kv"], ROWS[kernel]["rounding"] if ROWS[kernel]["kv"] == "int8" else 0  # of scales
     q, k, v = np.zeros((2, 64), np.float32), np.zeros((130, 64), np.float32), numbers(130, 64)

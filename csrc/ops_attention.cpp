@@ -61,11 +61,12 @@ struct Item {
     size_t row, n_rows, head, n_heads, kv_head;
 };
 
-// Calls f(item) for every item of a step, in the same order on every thread; one query head each where by_head.
+// Calls f(item) for every item of a step, in the same order on every thread; one query head each where by_head. A
+// prompt's blocks of rows follow one another, so that a KV head's pages are still in the cache for the next.
 template <class F>
 void each_item(const Step& step, const std::vector<AttendOp::Group>& groups, bool by_head, F f) {
-    for (const RowBlock& block : step.blocks)
-        for (const AttendOp::Group& g : groups) {
+    for (const AttendOp::Group& g : groups)
+        for (const RowBlock& block : step.blocks) {
             const size_t n_heads = by_head ? 1 : g.count, rows = kAttendQueries / n_heads;
             for (size_t h = 0; h < g.count; h += n_heads)
                 for (size_t m = 0; m < block.n_rows; m += rows)

@@ -231,13 +231,14 @@ void bind_program(nb::module_& m) {
     m.def(
         "make_program",
         [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages,
-           size_t head_dim, const std::string& kv, const std::string& isa, const std::string& kernel) {
+           size_t head_dim, const std::string& kv, const std::string& isa, const std::string& kernel,
+           const std::string& attend) {
             return std::make_shared<Program>(
-                std::move(team),
-                ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim, kv_named(kv), isa_named(isa), kernel});
+                std::move(team), ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim, kv_named(kv),
+                                                isa_named(isa), kernel, attend});
         },
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
-        "kernel"_a = "");
+        "kernel"_a = "", "attend"_a = "");
     m.def("measure_disk", &measure_disk, "path"_a, "offset"_a, "bytes"_a, "seconds"_a,
           nb::call_guard<nb::gil_scoped_release>());
     m.attr("PAGE") = kPage;

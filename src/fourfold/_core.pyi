@@ -11,8 +11,19 @@ from numpy.typing import NDArray
 def linear_kernels() -> list:
     """Every row of the table of linear kernels."""
 
+def attend_kernels() -> list:
+    """Every row of the table of attention kernels."""
+
+def isa_of_kernel(kernel: str) -> str:
+    """The instruction set of a row of either table."""
+
 def choose_linear(isa: str, format: str, m: int) -> str:
     """The row that M tokens in a format take on an ISA."""
+
+def choose_attend(isa: str, kv: str, m: int, row_class: str) -> str:
+    """
+    The row that a step of M tokens takes over pages of a format on an ISA.
+    """
 
 def linear(
     kernel: str,
@@ -23,8 +34,7 @@ def linear(
     y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None: ...
 def attend(
-    isa: str,
-    kv: str,
+    kernel: str,
     q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     keys: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
@@ -424,6 +434,7 @@ def make_program(
     kv: str,
     isa: str,
     kernel: str = "",
+    attend: str = "",
 ) -> Program: ...
 def measure_disk(path: str, offset: int, bytes: int, seconds: float) -> float: ...
 

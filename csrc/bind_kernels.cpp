@@ -25,7 +25,7 @@ using Array = nb::ndarray<T, nb::ndim<DIMS>, nb::c_contig, nb::device::cpu>;
 
 const RowKernels& rows_named(const std::string& isa) { return row_kernels(isa_named(isa)); }
 
-nb::list table() {
+nb::list linear_table() {
     nb::list rows;
     for (const LinearKernel& k : linear_kernels()) {
         nb::dict row;
@@ -62,22 +62,65 @@ void linear(const std::string& name, const std::string& isa, Array<const uint8_t
                  y.shape(1), scratch.as()});
 }
 
+nb::list attend_table() {
+    nb::list rows;
+    for (const AttendKernel& k : attend_kernels()) {
+        nb::dict row;
+        row["name"] = std::string(k.name);
+        row["isa"] = std::string(to_string(k.isa));
+        row["kv"] = std::string(kKvNames[static_cast<size_t>(k.format)]);
+        row["m_min"] = k.m_min;
+        row["m_max"] = k.m_max;
+        row["rounding"] = k.rounding;
+        rows.append(row);
+    }
+    return rows;
+}
+
+std::string isa_of_kernel(const std::string& name) {
+    if (const LinearKernel* linear = find_linear(name)) return std::string(to_string(linear->isa));
+    if (const AttendKernel* attend = find_attend(name)) return std::string(to_string(attend->isa));
+    throw std::invalid_argument("there is no kernel named " + name);
+}
+
+// Floats, at first no numbers, between two margins, which still hold what they held at first as long as nothing is
+// written there.
+class Guarded {
+  public:
+    explicit Guarded(size_t n) : n_(n), memory_((n + 2 * kMargin) * sizeof(float), kAnyNode) {
+        std::fill_n(memory_.as<float>(), n + 2 * kMargin, kMark);
+        std::fill_n(get(), n, NAN);
+    }
+    float* get() const { return memory_.as<float>() + kMargin; }
+    bool is_intact() const {
+        const auto holds = [](const float* at) { return std::count(at, at + kMargin, kMark) == kMargin; };
+        return holds(get() - kMargin) && holds(get() + n_);
+    }
+
+  private:
+    static constexpr ptrdiff_t kMargin = 4096;
+    static constexpr float kMark = -77;
+    size_t n_;
+    NodeMemory memory_;
+};
+
 // out (Q, D) of Q <= 16 queries (Q, D), query i seeing positions first[i] .. n_positions[i] - 1 of keys and values
-// (T, D), in chunks; those before all that is seen are skipped.
-void attend(const std::string& isa, const std::string& kv, Array<const float, 2> q, Array<const float, 2> keys,
-            Array<const float, 2> values, Array<const int32_t, 1> first, Array<const int32_t, 1> n_positions,
-            size_t chunk, Array<float, 2> out) {
-    const RowKernels& rows = rows_named(isa);
+// (T, D), in chunks, by the row of that name; chunks before all that is seen are skipped. Throws std::runtime_error
+// where the row writes outside of its partials and its scratch.
+void attend(const std::string& name, Array<const float, 2> q, Array<const float, 2> keys, Array<const float, 2> values,
+            Array<const int32_t, 1> first, Array<const int32_t, 1> n_positions, size_t chunk, Array<float, 2> out) {
+    const AttendKernel* kernel = find_attend(name);
+    if (!kernel) throw std::invalid_argument("there is no kernel named " + name);
+    const RowKernels& rows = row_kernels(kernel->isa);
     const size_t n = q.shape(0), d = q.shape(1), t = keys.shape(0);
-    const auto format = kv_named(kv);
-    if (n > kAttendQueries || n_positions.shape(0) != n || first.shape(0) != n || values.shape(0) != t ||
+    const KvFormat format = kernel->format;
+    if (n == 0 || n > kAttendQueries || n_positions.shape(0) != n || first.shape(0) != n || values.shape(0) != t ||
         keys.shape(1) != d || t == 0 || chunk == 0 || chunk % kPage != 0)
         throw std::invalid_argument("attend: the arrays' shapes do not agree");
     const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage,
                  n_chunks = (t + chunk - 1) / chunk;
     const size_t floats = attend_partial_floats(d);
-    const NodeMemory pages(n_pages * bytes, kAnyNode), scratch(attend_scratch_floats(d) * sizeof(float), kAnyNode),
-        partials(n_chunks * n * floats * sizeof(float), kAnyNode);
+    const NodeMemory pages(n_pages * bytes, kAnyNode);
     // What a page's unwritten part held must not matter: not-a-numbers, in reversed page order.
     std::memset(pages.as(), 0xFF, n_pages * bytes);
     std::vector<int32_t> order;
@@ -86,6 +129,7 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
         rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d,
                       keys.data() + p * d, values.data() + p * d);
     rows.kv_clear(format, pages.as(), (t - 1) % kPage + 1, d);  // of the last page, the first in memory
+    const std::vector<uint8_t> before(pages.as(), pages.as() + n_pages * bytes);
     AttendArgs args{};
     args.n_queries = n;
     for (size_t i = 0; i < n; ++i) {
@@ -98,19 +142,22 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
     args.page_table = order.data();
     args.d = d;
     args.scale = 1.0f / std::sqrt(static_cast<float>(d));
-    args.format = format;
-    args.scratch = scratch.as<float>();
     const size_t last = std::min(t, args.n_positions[n - 1]), begin = args.first[0] / kPage * kPage;
+    std::vector<float> partials(n_chunks * n * floats);
     size_t used = 0;
     for (size_t c = begin / chunk; c * chunk < last; ++c, ++used) {
+        const Guarded partial(n * floats), scratch(attend_scratch_floats(d));
         args.begin = std::max(begin, c * chunk);
         args.end = std::min((c + 1) * chunk, last);
         args.end_ahead = last;
-        args.partial = partials.as<float>() + used * n * floats;
-        rows.attend(args);
+        args.partial = partial.get();
+        args.scratch = scratch.get();
+        kernel->run(args);
+        if (!partial.is_intact() || !scratch.is_intact() || std::memcmp(before.data(), pages.as(), before.size()) != 0)
+            throw std::runtime_error(name + " wrote where it must not");
+        std::copy_n(partial.get(), n * floats, partials.data() + used * n * floats);
     }
-    for (size_t i = 0; i < n; ++i)
-        rows.merge(partials.as<float>() + i * floats, used, n * floats, d, out.data() + i * d);
+    for (size_t i = 0; i < n; ++i) rows.merge(partials.data() + i * floats, used, n * floats, d, out.data() + i * d);
 }
 
 }  // namespace
@@ -119,15 +166,24 @@ void attend(const std::string& isa, const std::string& kv, Array<const float, 2>
 using namespace fourfold;
 
 void bind_kernels(nb::module_& m) {
-    m.def("linear_kernels", &table, "Every row of the table of linear kernels.");
+    m.def("linear_kernels", &linear_table, "Every row of the table of linear kernels.");
+    m.def("attend_kernels", &attend_table, "Every row of the table of attention kernels.");
+    m.def("isa_of_kernel", &isa_of_kernel, "kernel"_a, "The instruction set of a row of either table.");
     m.def(
         "choose_linear",
         [](const std::string& isa, const std::string& format, size_t m) {
             return std::string(choose_linear(isa_named(isa), format_named(format), m).name);
         },
         "isa"_a, "format"_a, "m"_a, "The row that M tokens in a format take on an ISA.");
+    m.def(
+        "choose_attend",
+        [](const std::string& isa, const std::string& kv, size_t m, const std::string& row_class) {
+            return std::string(choose_attend(isa_named(isa), kv_named(kv), m, row_class_named(row_class)).name);
+        },
+        "isa"_a, "kv"_a, "m"_a, "row_class"_a,
+        "The row that a step of M tokens takes over pages of a format on an ISA.");
     m.def("linear", &linear, "kernel"_a, "isa"_a, "panels"_a, "scales"_a.none(), "x"_a, "y"_a.noconvert());
-    m.def("attend", &attend, "isa"_a, "kv"_a, "q"_a, "keys"_a, "values"_a, "first"_a, "n_positions"_a, "chunk"_a,
+    m.def("attend", &attend, "kernel"_a, "q"_a, "keys"_a, "values"_a, "first"_a, "n_positions"_a, "chunk"_a,
           "out"_a.noconvert());
     m.def(
         "rms_norm",

@@ -164,8 +164,8 @@ void bind_program(nb::module_& m) {
             },
             "src"_a, "parts"_a, nb::kw_only(), "norm"_a = nb::list(), "eps"_a = 0.0f, "up"_a = Program::kNone,
             "gate"_a = "silu", "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
-            "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input is "
-            "normed with. sum: where base + outputs + sum_bias goes.")
+            "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input\n"
+            "is normed with. sum: where base + outputs + sum_bias goes.")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {
@@ -196,11 +196,10 @@ void bind_program(nb::module_& m) {
         .def("add_with_previous", &Program::add_with_previous, "src"_a, "dst"_a)
         .def("add_select", &Program::add_select, "src"_a, "dst"_a)
         .def("finish", &Program::finish)
-        .def(
-            "step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert(), nb::kw_only(),
-            "tokens_class"_a = "best", "outputs_class"_a = "best",
-            "sequences: (slot, first position, first row, rows) of each; pages: their page tables, padded. Classes: of "
-            "the kernels that multiply the tokens' and the output rows: best, few or many.")
+        .def("step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert(),
+             nb::kw_only(), "tokens_class"_a = "best", "outputs_class"_a = "best",
+             "sequences: (slot, first position, first row, rows) of each; pages: their page tables, padded.\n"
+             "Classes: of the kernels that multiply the tokens' and the output rows: best, few or many.")
         .def("record", &Program::record, "wanted"_a)
         .def(
             "marks",
@@ -232,13 +231,14 @@ void bind_program(nb::module_& m) {
     m.def(
         "make_program",
         [](std::shared_ptr<Team> team, size_t max_tokens, size_t n_slots, size_t context, size_t n_pages,
-           size_t head_dim, const std::string& kv, const std::string& isa, const std::string& kernel) {
+           size_t head_dim, const std::string& kv, const std::string& isa, const std::string& kernel,
+           const std::string& attend) {
             return std::make_shared<Program>(
-                std::move(team),
-                ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim, kv_named(kv), isa_named(isa), kernel});
+                std::move(team), ProgramOptions{max_tokens, n_slots, context, n_pages, head_dim, kv_named(kv),
+                                                isa_named(isa), kernel, attend});
         },
         "team"_a, nb::kw_only(), "max_tokens"_a, "n_slots"_a, "context"_a, "n_pages"_a, "head_dim"_a, "kv"_a, "isa"_a,
-        "kernel"_a = "");
+        "kernel"_a = "", "attend"_a = "");
     m.def("measure_disk", &measure_disk, "path"_a, "offset"_a, "bytes"_a, "seconds"_a,
           nb::call_guard<nb::gil_scoped_release>());
     m.attr("PAGE") = kPage;

@@ -15,6 +15,7 @@ struct Ops {
     static const RowKernels& rows(const Program& p) { return p.rows_; }
     static const ProgramOptions& options(const Program& p) { return p.options_; }
     static const LinearKernel& kernel(const Program& p, Format f, size_t m, RowClass c) { return p.kernel(f, m, c); }
+    static const AttendKernel& attend_kernel(const Program& p, size_t m, RowClass c) { return p.attend_kernel(m, c); }
     static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
     static FileStream& stream(Program& p) { return *p.stream_; }
     static uint8_t* gathered(Program& p, const Worker& w) { return p.gathered_[w.rank][w.thread].as(); }

@@ -61,11 +61,12 @@ struct Item {
     size_t row, n_rows, head, n_heads, kv_head;
 };
 
-// Calls f(item) for every item of a step, in the same order on every thread; one query head each where by_head.
+// Calls f(item) for every item of a step, in the same order on every thread; one query head each where by_head. A
+// prompt's blocks of rows follow one another, so that a KV head's pages are still in the cache for the next.
 template <class F>
 void each_item(const Step& step, const std::vector<AttendOp::Group>& groups, bool by_head, F f) {
-    for (const RowBlock& block : step.blocks)
-        for (const AttendOp::Group& g : groups) {
+    for (const AttendOp::Group& g : groups)
+        for (const RowBlock& block : step.blocks) {
             const size_t n_heads = by_head ? 1 : g.count, rows = kAttendQueries / n_heads;
             for (size_t h = 0; h < g.count; h += n_heads)
                 for (size_t m = 0; m < block.n_rows; m += rows)
@@ -89,6 +90,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const Buffer &queries = Ops::buffer(p, q), &to = Ops::buffer(p, dst);
     const Program::Cache& cache = Ops::cache(p, layer);
     const KvFormat kv = Ops::options(p).kv;
+    const AttendKernel& kernel = Ops::attend_kernel(p, step.n_tokens(), step.tokens_class);
     const size_t chunk = Ops::attend_chunk(p), page_bytes = KvPage::bytes(kv, d);
     const size_t query_floats = attend_partial_floats(d), item_floats = kAttendQueries * query_floats;
     const auto positions_of = [&](const Item& i) {
@@ -115,7 +117,6 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     args.page_stride = cache.n_heads[r] * page_bytes;
     args.d = d;
     args.scale = scale;
-    args.format = kv;
     args.scratch = reinterpret_cast<float*>(Ops::scratch(p, worker));
     const auto attend = [&](const Item& i, size_t c, float* partial) {
         args.pages = cache.pages[r].as() + i.kv_head * page_bytes;
@@ -132,7 +133,7 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
                 args.first[args.n_queries] = first_of(position);
                 args.n_positions[args.n_queries] = position + 1;
             }
-        Ops::rows(p).attend(args);
+        kernel.run(args);
     };
     const auto merge = [&](const Item& i, size_t query, const float* partials) {
         float* out = to.row(r, i.row + query / i.n_heads) + (i.head + query % i.n_heads) * d;

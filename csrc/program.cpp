@@ -10,6 +10,17 @@
 namespace fourfold {
 
 namespace {
+// The row of a table that is forced by name, or null where none is. Throws std::invalid_argument where there is no such
+// row, or its ISA is above `isa`.
+template <class Row>
+const Row* forced(const Row* (*find)(std::string_view), const std::string& name, Isa isa) {
+    if (name.empty()) return nullptr;
+    const Row* row = find(name);
+    if (!row) throw std::invalid_argument("there is no kernel named " + name);
+    if (row->isa > isa) throw std::invalid_argument("kernel " + name + " needs " + std::string(to_string(row->isa)));
+    return row;
+}
+
 constexpr size_t kBlockRows = 16;  // rows of a sequence that attention takes together
 constexpr size_t kMarksAnOp = 8;   // more than any op makes: a phase and a barrier, a few times over
 }  // namespace
@@ -18,13 +29,11 @@ Program::Program(std::shared_ptr<Team> team, ProgramOptions options)
     : team_(std::move(team)),
       options_(std::move(options)),
       rows_(row_kernels(options_.isa)),
+      forced_(forced(find_linear, options_.kernel, options_.isa)),
+      forced_attend_(forced(find_attend, options_.attend, options_.isa)),
       attend_chunk_(attend_chunk(options_.context)) {
-    if (!options_.kernel.empty()) {
-        forced_ = find_linear(options_.kernel);
-        if (!forced_) throw std::invalid_argument("there is no kernel named " + options_.kernel);
-        if (forced_->isa > options_.isa)
-            throw std::invalid_argument("kernel " + options_.kernel + " needs " + std::string(to_string(forced_->isa)));
-    }
+    if (forced_attend_ && forced_attend_->format != options_.kv)
+        throw std::invalid_argument("kernel " + options_.attend + " reads pages of another format");
     row_sequence_.resize(options_.max_tokens);
     row_position_.resize(options_.max_tokens);
     blocks_.reserve(options_.max_tokens);
@@ -35,6 +44,10 @@ Program::~Program() = default;
 const LinearKernel& Program::kernel(Format format, size_t m, RowClass row_class) const {
     if (forced_ && forced_->format == format) return *forced_;
     return choose_linear(options_.isa, format, m, row_class);
+}
+
+const AttendKernel& Program::attend_kernel(size_t m, RowClass row_class) const {
+    return forced_attend_ ? *forced_attend_ : choose_attend(options_.isa, options_.kv, m, row_class);
 }
 
 int Program::add_buffer(std::vector<size_t> width, bool of_outputs) {
@@ -279,6 +292,7 @@ std::map<std::string, std::string> Program::kernels(size_t m, RowClass row_class
     for (const auto& w : weights_)
         names[std::string(kFormatNames[static_cast<size_t>(w->format)])] =
             std::string(kernel(w->format, m, row_class).name);
+    if (!caches_.empty()) names["attention"] = std::string(attend_kernel(m, row_class).name);
     return names;
 }
 

@@ -40,7 +40,7 @@ struct Step {
     std::span<const int32_t> output_rows;  // (L), rows whose logits are wanted
     float* logits;                         // (L, logits_stride)
     size_t logits_stride;
-    RowClass tokens_class, outputs_class;  // of the kernels that multiply tokens' rows, and output rows
+    RowClass tokens_class, outputs_class;  // of the kernels for tokens' rows, attention's too, and for output rows
     // Made by Program::step.
     std::span<const int32_t> row_sequence, row_position;  // (M)
     std::span<const RowBlock> blocks;
@@ -81,7 +81,9 @@ struct ProgramOptions {
     size_t head_dim;
     KvFormat kv;
     Isa isa;
-    std::string kernel;  // forces a linear kernel by name wherever its format is read; empty: the table chooses
+    // Force a linear kernel by name wherever its format is read, an attention kernel everywhere; empty: the table
+    // chooses.
+    std::string kernel, attend;
 };
 
 class Program : public std::enable_shared_from_this<Program> {
@@ -164,7 +166,8 @@ class Program : public std::enable_shared_from_this<Program> {
     uint64_t disk_bytes_read() const;  // weights, since the program was finished
     // Everything the ranks hold: weights (with their scales), vectors, activations (packed too), scratch, kv, state.
     MemoryMap memory_map() const;
-    // Kernels that M tokens of a class would run, by weight format.
+    // Kernels that M tokens of a class would run: linear ones by weight format, and that of "attention", if there is
+    // any.
     std::map<std::string, std::string> kernels(size_t m, RowClass row_class) const;
     std::vector<std::string> op_names() const;
 
@@ -199,12 +202,14 @@ class Program : public std::enable_shared_from_this<Program> {
     friend struct Ops;
     void add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial);
     const LinearKernel& kernel(Format format, size_t m, RowClass row_class) const;
+    const AttendKernel& attend_kernel(size_t m, RowClass row_class) const;
     void walk(Worker& worker, const Step& step);  // one thread's part
 
     std::shared_ptr<Team> team_;
     const ProgramOptions options_;
     const RowKernels& rows_;
-    const LinearKernel* forced_ = nullptr;
+    const LinearKernel* const forced_;
+    const AttendKernel* const forced_attend_;
     std::mutex turn_;  // held by the caller of step
     std::vector<Buffer> buffers_;
     std::vector<std::shared_ptr<Weight>> weights_;

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import fake_source
+import fourfold._core as _core
 import fourfold.engine
 import tiny
 from fourfold.checkpoint import Source, open_source
@@ -71,20 +71,23 @@ def test_no_ranks_are_refused(directory: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "message"),
+    ("forced", "message"),
     [
-        ("linear_fast", "there is no kernel 'linear_fast'; the table has linear_nf4"),
-        ("linear_int4_f32_scalar", "linear_int4_f32_scalar reads int4, and this model's weights are nf4"),
-        ("linear_nf4_f32_avx2", "linear_nf4_f32_avx2 needs avx2, and .* goes up to scalar"),
+        ({"attend": "attend_fast"}, "there is no kernel 'attend_fast'; the table has attend_bf16_amx, "),
+        ({"attend": "attend_int8_scalar"}, "attend_int8_scalar reads int8, and this model's KV pages are bf16"),
+        ({"attend": "attend_bf16_avx2"}, "attend_bf16_avx2 needs avx2, and .* goes up to scalar"),
+        ({"kernel": "linear_fast"}, "there is no kernel 'linear_fast'; the table has linear_nf4"),
+        ({"kernel": "linear_int4_f32_scalar"}, "linear_int4_f32_scalar reads int4, and this model's weights are nf4"),
+        ({"kernel": "linear_nf4_f32_avx2"}, "linear_nf4_f32_avx2 needs avx2, and .* goes up to scalar"),
     ],
 )
 def test_a_kernel_that_would_not_run_is_refused(
-    directory: Path, kernel: str, message: str, monkeypatch: pytest.MonkeyPatch
+    directory: Path, forced: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOURFOLD_ISA", "scalar")
     monkeypatch.setattr(_core, "Team", lambda *_: pytest.fail("threads were started"))
     with pytest.raises(UserError, match=message):
-        Engine(directory, kernel=kernel)
+        Engine(directory, **forced)
 
 
 # ---- memory

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+import fourfold._core as _core
 import fourfold.engine
 import reference
 from fourfold.checkpoint.fourfold_dir import open_directory
-from fourfold.engine import MAX_SEQUENCES, Engine
+from fourfold.engine import MAX_SEQUENCES, Engine, Feed
 from fourfold.errors import ResourceError, RuntimeFailure, UnsupportedError, UserError
 from threads import allowed_cpus, eventually
 
@@ -57,6 +57,30 @@ def test_yuan_is_within_a_thousandth_of_the_published_code(
     n_steps = 40 if isa == "scalar" else len(ids)  # the scalar kernels take their time
     steps = fed(engine, ids[:n_steps], [1])
     assert np.abs(np.stack(steps) - expected["decode"][:n_steps]).max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in _core.attend_kernels() if "amx" in row["name"]], ids=lambda r: r["name"]
+)
+@pytest.mark.parametrize("golden", GOLDENS)
+def test_attention_in_tiles_is_as_near_to_the_published_code_as_that_by_definition(
+    shared: Path, converted: Converted, golden: str, row: dict[str, Any]
+) -> None:
+    """The errors are the KV cache's own; rounding queries and weights as well adds less than a seventh."""
+    if row["isa"] not in ISAS:
+        pytest.skip(f"{row['name']} needs {row['isa']}")
+    source = shared / "golden" / golden
+    expected = load_file(source / "logits.safetensors")
+    ids = expected["tokens"].tolist()
+
+    def miss(kernel: str) -> float:
+        engine = Engine(converted(source, "f32"), ranks=2, rope_angles=GOLDENS[golden], kv=row["kv"], attend=kernel)
+        rows = engine.step([Feed(engine.new_sequence(), ids, len(ids))], tokens="many", outputs="many")
+        return float(np.abs(rows - expected["prefill"]).mean())
+
+    by_definition = miss(f"attend_{row['kv']}_scalar")
+    assert 0 < miss(row["name"]) < by_definition * 8 / 7
+    assert by_definition < 0.01 * expected["prefill"].std()
 
 
 def test_the_precision_of_the_rotary_angles_matters(shared: Path, converted: Converted) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 import tiny
 from chain import make_team
 from fourfold import cli, cli_generate, cli_profile
@@ -139,6 +139,7 @@ def test_what_must_be_read_and_multiplied_is_counted(engine: Engine) -> None:
         linears = {"conv1", "conv2", "v", "q k", "o", "up gate", "down"}
         assert {op: row["kernels"] for op, row in rows.items() if row["kernels"]} == {
             **{op: [kernel] for op in linears},
+            "attention": [engine.kernels(m)["attention"]],
             "head": [engine.kernels(1)["nf4"]],
         }
         for op in (*linears, "attention"):
@@ -157,12 +158,13 @@ def open_weights(engine: Engine) -> Any:
 def test_amx_is_told_from_the_kernels_names(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine.profile() as found:
         feed(engine, 1)
-    name = engine.kernels(1)["nf4"]
-    for isa, amx in (("amx", True), ("avx512", False)):
-        monkeypatch.setattr(_core, "linear_kernels", lambda isa=isa: [{"name": name, "isa": isa}])
+    used = engine.kernels(1)
+    for of_amx in ("nf4", "attention"):
+        isas = {name: "amx" if of == of_amx else "avx512" for of, name in used.items()}
+        monkeypatch.setattr(_core, "isa_of_kernel", isas.__getitem__)
         rows = found.summary()["steps"]["decode"]["rows"]
-        assert {row["amx"] for row in rows if row["kernels"]} == {amx}
-        assert {row["amx"] for row in rows if not row["kernels"]} == {False}
+        for row in rows:
+            assert row["amx"] == (used[of_amx] in row["kernels"])
 
 
 def test_recording_changes_no_bit_and_ends(engine: Engine) -> None:
@@ -245,6 +247,8 @@ def test_a_trace_has_a_row_for_every_thread_and_every_op_on_it(engine: Engine, t
     first = downs[0]["args"]
     assert (first["op"], first["layer"], first["tokens"]) == ("linear", 0, 40)
     assert (first["weights"], first["kernel"]) == ("layers.0.down", engine.kernels(40)["nf4"])
+    attended = next(e["args"] for e in spans if e["name"] == "attention")
+    assert attended["kernel"] == engine.kernels(40)["attention"]
     assert {"pack for down", "wait within down", "wait after down"} <= {e["name"] for e in spans}
     waits = sum(e["dur"] for e in spans if e["cat"] == "wait") / 1e3
     assert waits == pytest.approx(sum(thread["wait_ms"] for thread in found.summary()["threads"]), rel=1e-3)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold.config import FORMATS
 from fourfold.engine import Engine
 from fourfold.llm import LLM
@@ -125,3 +125,4 @@ def test_formats_lose_what_their_bits_allow(stories: Stories) -> None:
     assert lost["int8"] < 1e-3
     assert lost["nf4"] < 0.15
     assert lost["nf4"] < min(lost["int4"], lost["fp4"])
+    assert lost["uint4"] < lost["int4"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 import tiny
 from fourfold.engine import MOST_BACK, Engine, Feed, RowClass
 from fourfold.errors import UserError
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(0).integers(0, 96, 300).tolist()
 OTHERS = np.random.default_rng(1).integers(0, 96, (9, 300)).tolist()
 
 
-FORMATS = ("nf4", "bf16", "f32")
+FORMATS = ("nf4", "uint4", "bf16", "f32")
 SOURCES = ("yuan", "gemma3")
 # Every format in every way that kernels are chosen, every source in every one of these ways.
 PIECES = [
@@ -86,8 +86,11 @@ def test_pieces_and_company_change_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FOURFOLD_ISA", isa)
-    engine = Engine(converted(source_of(source), fmt), ranks=2)
-    n = 20 if isa == "scalar" else 150
+    check_company(Engine(converted(source_of(source), fmt), ranks=2), rows, 20 if isa == "scalar" else 150)
+
+
+def check_company(engine: Engine, rows: RowClass, n: int) -> None:
+    """The first n ids' logits: one by one, in pieces, and among other texts."""
     sizes = [[1] * n, [n], [n // 2, 1, 2, n - n // 2 - 3], [3, 5, 8, n - 16]]
     _, alone = fed(engine, sizes[0], rows)
     for pieces in sizes[1:]:
@@ -97,6 +100,22 @@ def test_pieces_and_company_change_no_bit(
     for pieces in (sizes[3], sizes[0][:20]):
         _, together = fed(engine, pieces, rows, company)
         assert (together == alone[: sum(pieces)]).all()
+
+
+TILED = [row for row in _core.attend_kernels() if "amx" in row["name"]]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("row", TILED, ids=lambda row: row["name"])
+def test_company_changes_no_bit_of_attention_in_tiles(
+    source: str, row: dict[str, Any], source_of: Callable[[str], Path], converted: Converted
+) -> None:
+    """Over more than one chunk, where pieces decide which rows share a tile, and where a window's pages begin."""
+    if row["isa"] not in ISAS:
+        pytest.skip(f"{row['name']} needs {row['isa']}")
+    engine = Engine(converted(source_of(source), "f32"), ranks=2, kv=row["kv"], attend=row["name"])
+    assert engine.kernels(1)["attention"] == row["name"]
+    check_company(engine, "many", 290 if source == "yuan" else 250)
 
 
 def test_going_back_leaves_no_trace(engine: Engine) -> None:

@@ -150,7 +150,7 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
 }
 
 template <KvFormat F>
-void attend_format(const AttendArgs& a) {
+void attend(const AttendArgs& a) {
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
     const Factor<F>* q[kAttendQueries];
     for (size_t i = 0; i < a.n_queries; ++i) {
@@ -177,10 +177,17 @@ void attend_format(const AttendArgs& a) {
     }
 }
 
-void attend(const AttendArgs& a) {
-    if (a.format == KvFormat::bf16) return attend_format<KvFormat::bf16>(a);
-    if (a.format == KvFormat::int8) return attend_format<KvFormat::int8>(a);
-    return attend_format<KvFormat::f32>(a);
+// The table's rows of an ISA: every format, any M.
+constexpr AttendKernel attend_row(std::string_view name, Isa isa, KvFormat format) {
+    return {name,
+            isa,
+            format,
+            1,
+            SIZE_MAX,
+            format == KvFormat::bf16   ? attend<KvFormat::bf16>
+            : format == KvFormat::int8 ? attend<KvFormat::int8>
+                                       : attend<KvFormat::f32>,
+            format == KvFormat::bf16 ? 0x1p-8f : 0};
 }
 
 void merge(const float* partials, size_t n, size_t stride, size_t d, float* out) {

@@ -27,7 +27,8 @@ constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
 // A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
 //   k_tiles times: 64 bytes hi, 64 bytes lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
-// Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again.
+// Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again. Those of
+// uint4 are its codes, and zero * offset / 128 takes their block's zero point out.
 struct I16Row {
     static constexpr size_t tile_bytes = 128;
     static size_t bytes(size_t k_tiles) { return (k_tiles * (tile_bytes + 8) + 63) / 64 * 64; }
@@ -121,22 +122,44 @@ struct AttendArgs {
     const float* q[kAttendQueries];      // (D) each, rotated
     size_t first[kAttendQueries];        // query i sees positions first[i] .. n_positions[i] - 1, at least one;
     size_t n_positions[kAttendQueries];  // both ascend
-    const uint8_t* pages;                // the head's first page of this layer
+    const uint8_t* pages;                // the head's first page of this layer, in the kernel's format
     size_t page_stride;                  // bytes from page to page
     const int32_t* page_table;           // position p lies in page page_table[p / kPage]
     size_t begin, end;  // the chunk's positions, or those from the page on that the first query sees first; begin is
                         // a multiple of kPage, end at most what the last query sees
     size_t end_ahead;   // pages before this position may be prefetched
     size_t d;
-    float scale;  // of the scores
-    KvFormat format;
+    float scale;     // of the scores
     float* partial;  // out: a Partial of each query, one after another
     float* scratch;  // attend_scratch_floats(d), 64-byte aligned
 };
 // What a chunk leaves of a query: Dp sums of exp(score - highest) * value, then highest, then the sum of
 // exp(score - highest), which is 0 where the query saw none of the chunk.
 constexpr size_t attend_partial_floats(size_t d) { return KvPage::padded(d) + 16; }
-constexpr size_t attend_scratch_floats(size_t d) { return kAttendQueries * (kPage + KvPage::padded(d)); }
+// Of the kernel that needs most, attention_amx.inl: 16 queries in bfloat16, their scores of 256 positions, one page's
+// keys and 4 pages' values in bfloat16.
+constexpr size_t attend_scratch_floats(size_t d) {
+    const size_t pairs = d < 32 ? 16 : (d + 1) / 2;
+    return kAttendQueries * ((pairs + 15) / 16 * 16 + 4 * kPage) + kPage * (pairs + 2 * KvPage::padded(d));
+}
+
+// A row of the table of attention kernels. They are chosen as the linear ones are, by M, the rows of the step (of all
+// its sequences): a token's answer must not depend on how many rows are in its own item.
+struct AttendKernel {
+    std::string_view name;
+    Isa isa;
+    KvFormat format;
+    size_t m_min, m_max;  // selection prefers this row for m_min <= M <= m_max; any row computes any M
+    void (*run)(const AttendArgs&);
+    float rounding;  // relative, of queries and of softmax weights; sums are float32
+};
+
+// Every attention kernel compiled in, fastest ISA first; rows whose ISA this machine lacks included.
+std::span<const AttendKernel> attend_kernels();
+// The row for a step of M rows of a class, over pages of a format, on this ISA or below it.
+const AttendKernel& choose_attend(Isa isa, KvFormat format, size_t m, RowClass row_class);
+// The row of that name, or null.
+const AttendKernel* find_attend(std::string_view name);
 
 // What a feed-forward's gate goes through: silu(a) = a / (1 + exp(-a)), or gelu(a) = a (1 + tanh(z)) / 2 with
 // z = sqrt(2 / pi) (a + 0.044715 a^3) (arXiv 1606.08415, the approximation by tanh).
@@ -158,7 +181,6 @@ struct RowKernels {
     // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right.
     void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n,
                       float* y);
-    void (*attend)(const AttendArgs&);
     // out (D) of one query from its n partials, `stride` floats apart, in the order of their chunks.
     void (*merge)(const float* partials, size_t n, size_t stride, size_t d, float* out);
     // Writes one position of one KV head: k and v are (D) float32.

@@ -80,7 +80,7 @@ def _rows(kind: str, step: Mapping[str, Any]) -> Table:
     }[kind]
     table = _table("op", "calls", "ms", "of step", "packing", "waiting", name, limit)
     for row in step["rows"]:
-        has_rate = bool(row["kernels"]) or row["op"] == "attention"
+        has_rate = bool(row["kernels"])
         table.add_row(
             row["op"],
             str(row["calls"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import fourfold._core as _core
 from fourfold import models
 from fourfold.assembly import Assembly, Report, Vector
-from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, open_directory
+from fourfold.checkpoint.fourfold_dir import open_directory
 from fourfold.config import KVFormat, LongRope, ModelConfig, RopeAngles
 from fourfold.disk import WeightDisk
 from fourfold.errors import RuntimeFailure, UserError
@@ -37,7 +37,7 @@ DEFAULT_CONTEXT = 8192  # where the model allows more; ask for it with `context`
 
 MOST_BACK: int = _core.Program.KEPT_ROWS - 1  # positions that a sequence may go back by
 
-RowClass = Literal["best", "few", "many"]  # of linear kernels: csrc/kernels/kernels.h
+RowClass = Literal["best", "few", "many"]  # of linear kernels and attention's: csrc/kernels/kernels.h
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Engine:
 
     Raises ResourceError before loading where memory would not suffice for the weights and one text of full length (the
     pages of further texts are taken as they grow), UnsupportedError where the model cannot be cut, and UserError for a
-    kernel that none of its weights could use.
+    kernel that none of its weights, or its KV cache, could use.
     """
 
     def __init__(
@@ -70,14 +70,15 @@ class Engine:
         sequences: int = MAX_SEQUENCES,
         beside: Engine | None = None,
         kernel: str = "",
+        attend: str = "",
         timeout_seconds: float = 60.0,
         report: Report | None = None,
     ) -> None:
         """`weights`: in "memory"; on "disk", read at every step; "auto": on disk what does not fit in memory.
 
         `sequences`: texts under way at a time; their KV cache shares what memory is left. `beside`: another engine,
-        whose threads this one's steps run on. `kernel` forces a linear kernel by name; `report(done, total)` is called
-        with the bytes loaded so far.
+        whose threads this one's steps run on. `kernel` and `attend` force a linear kernel and one of attention by name;
+        `report(done, total)` is called with the bytes loaded so far.
         """
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
@@ -86,13 +87,17 @@ class Engine:
         self.context = usable_context(self.config, context)
         self.isa = choose_isa()
         machine = read_machine()
-        _check_kernel(kernel, machine.isas[: machine.isas.index(self.isa) + 1], stored)
+        isas = machine.isas[: machine.isas.index(self.isa) + 1]
+        formats = {name: weight.format for name, weight in stored.weights.items()}
+        read_by = {row["name"]: row["format"] for row in _core.linear_kernels()}
+        _check_kernel(kernel, read_by, isas, set(formats.values()), "weights")
+        read_by = {row["name"]: row["kv"] for row in _core.attend_kernels()}
+        _check_kernel(attend, read_by, isas, {self.kv}, "KV pages")
         if ranks:
             cut_heads(self.config, ranks)  # what the model refuses is not asked of the machine
         self.plan: list[RankPlan] = beside.plan if beside else plan_ranks(machine, ranks, threads)
         builder = ProgramBuilder(self.config, len(self.plan))
         models.architecture(self.config.model_type).describe(self.config, builder)
-        formats = {name: weight.format for name, weight in stored.weights.items()}
         builder.ops = one_format_each(fuse(builder.ops, len(self.plan)), formats)
         self._footprint = footprint(
             builder,
@@ -120,6 +125,7 @@ class Engine:
             kv=self.kv,
             isa=self.isa,
             kernel=kernel,
+            attend=attend,
         )
         angles = cast(RopeAngles, rope_angles or "f32")
         for table in rotary_tables(self.config, self.context, angles):
@@ -263,7 +269,7 @@ class Engine:
                     self._program.record(False)
 
     def kernels(self, n_tokens: int) -> dict[str, str]:
-        """The linear kernel that a step of so many tokens runs, by weight format."""
+        """The kernels that a step of so many tokens runs: linear ones by weight format, and that of "attention"."""
         return dict(self._running().kernels(n_tokens))
 
     @property
@@ -360,18 +366,20 @@ def usable_context(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _check_kernel(name: str, isas: list[str], stored: FourfoldDirectory) -> None:
-    """Raises UserError where a kernel is forced that does not exist, or that could not run or would not be used."""
+def _check_kernel(name: str, table: Mapping[str, str], isas: list[str], formats: Set[str], what: str) -> None:
+    """Raises UserError where a kernel is forced that does not exist, or that could not run or would not be used.
+
+    `table`: what format each kernel reads; `formats`: those of this model's `what`.
+    """
     if not name:
         return
-    rows = {row["name"]: row for row in _core.linear_kernels()}
-    if name not in rows:
-        raise UserError(f"there is no kernel {name!r}; the table has {', '.join(rows)}")
-    isa, fmt = rows[name]["isa"], rows[name]["format"]
-    if isa not in isas:
+    if name not in table:
+        raise UserError(f"there is no kernel {name!r}; the table has {', '.join(table)}")
+    if (isa := _core.isa_of_kernel(name)) not in isas:
         raise UserError(
             f"{name} needs {isa}, and this machine or FOURFOLD_ISA goes up to {isas[-1]}; name another kernel"
         )
-    formats = sorted({weight.format for weight in stored.weights.values()})
-    if fmt not in formats:
-        raise UserError(f"{name} reads {fmt}, and this model's weights are {', '.join(formats)}; name another kernel")
+    if table[name] not in formats:
+        raise UserError(
+            f"{name} reads {table[name]}, and this model's {what} are {', '.join(sorted(formats))}; name another kernel"
+        )

@@ -100,7 +100,7 @@ class StepFacts:
     begin: int  # the call, seen from outside: ns
     end: int
     work: Work
-    kernels: Mapping[int, Mapping[str, str]]  # linear ones: for each number of rows in it, by weight format
+    kernels: Mapping[int, Mapping[str, str]]  # for each number of rows in it, by weight format or "attention"
     marks: tuple[Marks, ...]  # of each thread, all ranks' one after another
 
     @property
@@ -108,9 +108,10 @@ class StepFacts:
         return "decode" if self.work.tokens == 1 else "prefill"
 
     def kernel(self, op: OpFacts) -> str | None:
-        """The linear kernel that the op ran; None for an op that ran none."""
+        """The kernel of a linear or of attention that the op ran; None for an op that ran none."""
         rows = self.work.rows(op)
-        return self.kernels[rows][op.format] if op.kind == "linear" and op.format is not None and rows else None
+        of = op.format if op.kind == "linear" else op.label if op.kind == "attend" else None
+        return self.kernels[rows][of] if of is not None and rows else None
 
 
 class _Sums:
@@ -217,7 +218,7 @@ class Profile:
             "gflop": n_flop / 1e9,
             "gflop_s": n_flop / ns if ns else 0.0,
             "kernels": list(kernels),
-            "amx": any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels),
+            "amx": any(_core.isa_of_kernel(name) == "amx" for name in kernels),
         }
 
     def _thread_summary(self, i: int, outside: int) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def check_counts(**counts: int | None) -> None:
 
 def uses_amx(kernels: Sequence[str]) -> bool:
     """Whether one of the kernels of these names computes with AMX tiles."""
-    return any(row["isa"] == "amx" for row in _core.linear_kernels() if row["name"] in kernels)
+    return any(_core.isa_of_kernel(name) == "amx" for name in kernels)
 
 
 def fractions(rates: Sequence[float], limits: Sequence[float]) -> dict[str, float]:

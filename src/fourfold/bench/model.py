@@ -90,7 +90,7 @@ def prefill(
             **run.describe(),
             "tokens": tokens,
             "repeats": repeats,
-            **run.kernels(*steps, 1),  # the head multiplies one row
+            **run.kernels(*steps, head=1),
             "limits": limits.describe(),
             "seconds": spread(seconds.tolist()),
             "tokens_per_s": spread((tokens / seconds).tolist()),
@@ -171,9 +171,15 @@ class Run:
             "of_disk": limits.fractions_of_disk(rates),
         }
 
-    def kernels(self, *rows: int) -> dict[str, Any]:
-        """Linear kernels for so many rows at a time, by weight format, and whether they use AMX."""
+    def kernels(self, *rows: int, head: int = 0) -> dict[str, Any]:
+        """Kernels for so many rows at a time, by weight format or "attention", and whether they use AMX.
+
+        `head`: rows that the head multiplies by itself, without attention; 0 where it takes all.
+        """
         by_rows = {str(m): dict(self.engine.kernels(m)) for m in rows}
+        if head:
+            linears = {of: name for of, name in self.engine.kernels(head).items() if of != "attention"}
+            by_rows.setdefault(str(head), linears)
         names = [name for kernels in by_rows.values() for name in kernels.values()]
         return {"kernels": by_rows, "amx": uses_amx(names)}
 

@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)/.tools
 READY := $(VENV)/.ready
-NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
+NATIVE := CMakeLists.txt $(wildcard csrc/*.cmake csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
 export PROMPT
 
-.PHONY: venv chat test frameworks emulator nodes browser check format stub clean
+.PHONY: venv chat test frameworks emulator nodes amx-bochs browser check format stub clean
 venv: $(READY)
 
 # What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
@@ -52,6 +52,10 @@ emulator: $(READY)
 	@sh scripts/prerequisites.sh $(PYTHON) qemu-system-x86_64
 	@PYTHONPATH=tests $(BIN)/python -m vm --fetch
 
+# The AMX kernels on an emulator that has the tile unit, Bochs, which this fetches and builds: minutes (docs/design.md).
+amx-bochs: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m amx_metal
+
 # Headless Chromium for the tests of the page that `fourfold serve` shows; `make test` uses it where it is.
 browser: $(READY)
 	@sh scripts/prerequisites.sh $(PYTHON) chromium
@@ -60,12 +64,12 @@ check: $(READY)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/kernels/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/kernels/* tests/amx_metal/*.cpp tests/amx_metal/*.h
 
 format: $(READY)
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/kernels/*
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/kernels/* tests/amx_metal/*.cpp tests/amx_metal/*.h
 
 # What mypy and editors know of the native core; tests/test_house.py holds it to what is built.
 STUB := src/fourfold/_core.pyi

@@ -36,10 +36,10 @@ def main() -> int:
 def make_image() -> Path:
     """The ROM of the kernels as they are in this checkout, by the compiler that builds the extension."""
     tools = Path(sys.executable).parent
-    ninja = f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"
+    cmake, ninja = str(tools / "cmake"), f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"
     for command in (
-        [tools / "cmake", "-S", HERE, "-B", BUILD, "-G", "Ninja", ninja],
-        [tools / "cmake", "--build", BUILD],
+        [cmake, "-S", str(HERE), "-B", str(BUILD), "-G", "Ninja", ninja],
+        [cmake, "--build", str(BUILD)],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

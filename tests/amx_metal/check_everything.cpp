@@ -11,6 +11,7 @@ void check_everything(Checks& checks) {
     }
     say("tile unit: as the manual defines it, ", checks.n_checks, " checks");
     check_peak(checks);
+    check_attention(checks);
     check_linear(checks);
 }
 

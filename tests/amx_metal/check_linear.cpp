@@ -104,6 +104,8 @@ class Subject {
         const uint8_t* const x = make_x(row_.activation, m, k, size, bad);
         const size_t stride = y_stride(matrix);
         std::memcpy(kept, run(checks_, row_, matrix, x, m), m * stride * sizeof(float));
+        if (size == 1 && bad == 0)
+            checks_.that(std::none_of(kept, kept + m * stride, is_nan), row_.name, " gives not-a-numbers, M = ", m);
         for (size_t i = 0; i < n_twins_; ++i) {
             const float* const expected = run(checks_, *twins_[i].row, matrix, x, m);
             for (size_t at = 0; at < m * stride; ++at)

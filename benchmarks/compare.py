@@ -22,7 +22,7 @@ import platformdirs
 import typer
 
 from fourfold.bench.limits import check_counts
-from fourfold.cli import explain
+from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from peers import inputs
 from peers.catalogue import FOURFOLD, PEERS, Peer
@@ -142,17 +142,5 @@ def _report(results: Results, docs: Path) -> None:
     print(f"written: {page} and {docs / 'compare.svg'}")
 
 
-def main() -> None:
-    """Ends with status 2 for a user's mistake, 1 for a failure, both with one sentence on stderr."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence, status = explain(error)
-        print(f"compare: {' '.join(sentence.split())}", file=sys.stderr)
-        sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_as("compare", app)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,7 +25,7 @@ from urllib.request import urlopen
 
 import typer
 
-from fourfold.cli import explain
+from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from fuzzing.acts import Acts
 from fuzzing.holdings import Holdings, growth_mb, watch_memory
@@ -139,17 +138,5 @@ def _report(found: tuple[Counter[tuple[str, str]], list[str]]) -> None:
         raise RuntimeFailure(f"{len(complaints)} things must not be, such as {complaints[0][:300]}")
 
 
-def main() -> None:
-    """Errors as one sentence, as `fourfold` has them."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence, status = explain(error)
-        print(f"fuzz: {' '.join(sentence.split())}", file=sys.stderr)
-        sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_as("fuzz", app)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from fourfold import LLM
-from fourfold.cli import explain
+from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from load.clients import drive
 from load.offline import tokens_per_second
@@ -101,17 +100,5 @@ def _insert(page: Path, table: str) -> None:
     page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
-def main() -> None:
-    """Errors as one sentence, as `fourfold` has them."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence, status = explain(error)
-        print(f"serve: {' '.join(sentence.split())}", file=sys.stderr)
-        sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_as("serve", app)

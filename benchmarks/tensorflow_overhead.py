@@ -21,11 +21,11 @@ from typing import Any, cast
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import fourfold._core as _core
 import keras
 import numpy as np
 import tensorflow as tf
 
+import fourfold._core as _core
 from fourfold.matrix import default_threads
 from fourfold.tensorflow import Dense, quantize
 from fourfold.tensorflow.layers import as_bytes

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fourfold.cli import explain
+from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.locate import source_path
 from fourfold.machine import plan_ranks, read_machine
@@ -36,7 +36,7 @@ METHODS = ("fourfold", "fourfold-head-int8", "fourfold-head-nf4", "bitsandbytes"
 PEER = "bitsandbytes"
 LOADS = {"decode": {"decode": 24}, "prompt": {"prompt": 512}}
 TOKENS = {"decode": 1, "prompt": 512}  # in the seconds of a turn
-WINDOW, N_WINDOWS = 256, 8  # tokens, texts of the KL divergence
+WINDOW, N_WINDOWS = 256, 64  # tokens, texts of the KL divergence
 SECONDS = 600.0  # of patience
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LLAMA_1B = {
@@ -151,9 +151,16 @@ def _show(rows: Mapping[str, Mapping[str, Any]]) -> None:
             f"{method} {row['version']}",
             *cells,
             ", ".join(f"{row[kind] / 1e6:.1f}" for kind in ("bytes", "resident_bytes", "peak_bytes")),
-            f"{row['kl']:.4f}" if "kl" in row else "",
+            _divergence(row["kl"], rows.get(PEER, row)["kl"]) if "kl" in row else "",
         )
     Console(width=160).print(table)
+
+
+def _divergence(windows: Sequence[float], of_peer: Sequence[float]) -> str:
+    """The mean, and its difference from the peer's with the standard error of that, over the same windows."""
+    differences = [own - peer for own, peer in zip(windows, of_peer, strict=True)]
+    error = stdev(differences) / len(differences) ** 0.5
+    return f"{mean(windows):.4f}" + (f" ({mean(differences):+.4f} ± {error:.4f})" if any(differences) else "")
 
 
 def _figure(speeds: Sequence[float], of_peer: Sequence[float]) -> str:
@@ -161,17 +168,5 @@ def _figure(speeds: Sequence[float], of_peer: Sequence[float]) -> str:
     return f"{median(speeds):.1f} ({min(speeds):.1f}–{max(speeds):.1f}); {ratio:.2f} ×"
 
 
-def main() -> None:
-    """Errors as one sentence, as `fourfold` has them."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sentence, status = explain(error)
-        print(f"transformers_bnb: {' '.join(sentence.split())}", file=sys.stderr)
-        sys.exit(status)
-
-
 if __name__ == "__main__":
-    main()
+    run_as("transformers_bnb", app)

@@ -83,15 +83,23 @@ void bind_pack(nb::module_& m) {
     m.def(
         "place",
         [](const Array<uint8_t, 2, nb::ro>& codes, const Array<float, 2, nb::ro>& block_scales,
-           std::string_view format_name, const Array<uint8_t, 2>& panels, const Array<float, 1>& scales) {
+           std::string_view format_name, const Array<uint8_t, 2>& panels, const Array<float, 1>& scales,
+           const std::optional<Array<int8_t, 2, nb::ro>>& zeros) {
             const Format format = format_named(format_name);
-            const PlaceArgs args{codes.data(), block_scales.data(), codes.shape(0), codes.shape(1),
-                                 format,       panels.data(),       scales.data()};
+            const PlaceArgs args{codes.data(),   block_scales.data(), zeros ? zeros->data() : nullptr,
+                                 codes.shape(0), codes.shape(1),      format,
+                                 panels.data(),  scales.data()};
             if (!has_scales(format) || args.k % kTileK != 0)
                 throw std::invalid_argument("codes are placed in formats with scales, in whole blocks of 64 inputs");
-            if (block_scales.shape(0) != args.n || block_scales.shape(1) != args.k / kTileK)
-                throw std::invalid_argument("block scales must have shape (" + std::to_string(args.n) + ", " +
-                                            std::to_string(args.k / kTileK) + ")");
+            const auto is_by_block = [&](const auto& array) {
+                return array.shape(0) == args.n && array.shape(1) == args.k / kTileK;
+            };
+            if (!is_by_block(block_scales) || (zeros && !is_by_block(*zeros)))
+                throw std::invalid_argument("block scales and zero points must have shape (" + std::to_string(args.n) +
+                                            ", " + std::to_string(args.k / kTileK) + ")");
+            if (has_zeros(format) != zeros.has_value())
+                throw std::invalid_argument(std::string(format_name) +
+                                            (zeros ? " has no zero points" : " needs zero points"));
             check(format, args.n, args.k, panels.shape(0), panels.shape(1), scales.data(), scales.shape(0));
             PackSums sums;
             {
@@ -101,12 +109,11 @@ void bind_pack(nb::module_& m) {
             return nb::make_tuple(sums.error, sums.reference);
         },
         nb::arg("codes"), nb::arg("block_scales"), nb::arg("format"), nb::arg("panels_out"), nb::arg("scales_out"),
-        "Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64) into uint8 (P, panel bytes) and "
-        "float32 "
-        "(P,).\n"
-        "Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that the format "
-        "does "
-        "not have and for a scale that is not finite.");
+        nb::arg("zeros").none() = nb::none(),
+        "Places codes uint8 (N, K) and their blocks' scales float32 (N, K / 64), of uint4 their zero points int8\n"
+        "(N, K / 64) too, into uint8 (P, panel bytes) and float32 (P,).\n"
+        "Returns the sums of (value - stored value)^2 and of value^2. Raises ValueError for a code that the format\n"
+        "does not have and for a scale that is not finite.");
     m.def(
         "unpack",
         [](const Array<uint8_t, 2, nb::ro>& panels, const std::optional<Array<float, 1, nb::ro>>& scales,

@@ -164,8 +164,8 @@ void bind_program(nb::module_& m) {
             },
             "src"_a, "parts"_a, nb::kw_only(), "norm"_a = nb::list(), "eps"_a = 0.0f, "up"_a = Program::kNone,
             "gate"_a = "silu", "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
-            "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input is "
-            "normed with. sum: where base + outputs + sum_bias goes.")
+            "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input\n"
+            "is normed with. sum: where base + outputs + sum_bias goes.")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {
@@ -196,11 +196,10 @@ void bind_program(nb::module_& m) {
         .def("add_with_previous", &Program::add_with_previous, "src"_a, "dst"_a)
         .def("add_select", &Program::add_select, "src"_a, "dst"_a)
         .def("finish", &Program::finish)
-        .def(
-            "step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert(), nb::kw_only(),
-            "tokens_class"_a = "best", "outputs_class"_a = "best",
-            "sequences: (slot, first position, first row, rows) of each; pages: their page tables, padded. Classes: of "
-            "the kernels that multiply the tokens' and the output rows: best, few or many.")
+        .def("step", &step, "tokens"_a, "sequences"_a, "pages"_a, "output_rows"_a, "logits"_a.noconvert(),
+             nb::kw_only(), "tokens_class"_a = "best", "outputs_class"_a = "best",
+             "sequences: (slot, first position, first row, rows) of each; pages: their page tables, padded.\n"
+             "Classes: of the kernels that multiply the tokens' and the output rows: best, few or many.")
         .def("record", &Program::record, "wanted"_a)
         .def(
             "marks",

@@ -3,7 +3,8 @@
 //
 //   matrix (N, K)  = panels of 16 outputs, one after another
 //   panel          = groups of up to 4 tiles (256 inputs)
-//   group          = [scales: 16 bytes a tile][codes of tile 0][codes of tile 1]...     (bf16, f32: no scales)
+//   group          = [scales: 16 bytes a tile][codes of tile 0][codes of tile 1]...     (bf16, f32: no scales;
+//                    uint4: 32 bytes a tile, 16 scales and 16 zero points)
 //   tile           = 16 outputs x 64 inputs = 8 vectors of 64 bytes (4-bit formats); a 32-bit lane is an output
 //
 //   lane of a 4-bit vector j:  bits 0-3  4-7  8-11 12-15 16-19 20-23 24-27 28-31
@@ -17,31 +18,33 @@
 
 namespace fourfold {
 
-enum class Format : uint8_t { nf4, int4, fp4, fp4_bnb, int8, bf16, f32 };
-constexpr int kFormats = 7;
-constexpr std::array<std::string_view, kFormats> kFormatNames = {"nf4",  "int4", "fp4", "fp4_bnb",
-                                                                 "int8", "bf16", "f32"};
+enum class Format : uint8_t { nf4, int4, fp4, fp4_bnb, uint4, int8, bf16, f32 };
+constexpr int kFormats = 8;
+constexpr std::array<std::string_view, kFormats> kFormatNames = {"nf4",   "int4", "fp4",  "fp4_bnb",
+                                                                 "uint4", "int8", "bf16", "f32"};
 
 constexpr size_t kTileN = 16;      // outputs: the 32-bit lanes of a 512-bit vector, the columns of an AMX tile
 constexpr size_t kTileK = 64;      // inputs: the quantization block
 constexpr size_t kGroupTiles = 4;  // tiles that share one 64-byte line of scales
 
 constexpr bool has_scales(Format f) { return f <= Format::int8; }
-constexpr bool is_4bit(Format f) { return f <= Format::fp4_bnb; }
+constexpr bool is_4bit(Format f) { return f <= Format::uint4; }
+// Whose blocks have a zero point, a signed byte, that is taken from every code.
+constexpr bool has_zeros(Format f) { return f == Format::uint4; }
 
 // Bytes of codes a tile.
 constexpr size_t code_bytes(Format f) {
-    constexpr size_t bytes[] = {512, 512, 512, 512, 1024, 2048, 4096};
+    constexpr size_t bytes[] = {512, 512, 512, 512, 512, 1024, 2048, 4096};
     return bytes[static_cast<size_t>(f)];
 }
-// Bytes of scales a tile.
-constexpr size_t scale_bytes(Format f) { return has_scales(f) ? kTileN : 0; }
+// Bytes of scales a tile, and of zero points where there are any.
+constexpr size_t scale_bytes(Format f) { return has_zeros(f) ? 2 * kTileN : has_scales(f) ? kTileN : 0; }
 constexpr size_t tile_bytes(Format f) { return code_bytes(f) + scale_bytes(f); }
 constexpr size_t panel_bytes(Format f, size_t k_tiles) { return k_tiles * tile_bytes(f); }
 constexpr size_t panels_of(size_t n) { return (n + kTileN - 1) / kTileN; }
 constexpr size_t tiles_of(size_t k) { return (k + kTileK - 1) / kTileK; }
 
-// Where the scales of tile t lie within a panel of k_tiles tiles.
+// Where the scales of tile t lie within a panel of k_tiles tiles: byte n for output n; its zero point is kTileN on.
 constexpr size_t scale_offset(Format f, size_t t) {
     return t / kGroupTiles * kGroupTiles * tile_bytes(f) + t % kGroupTiles * scale_bytes(f);
 }
@@ -68,9 +71,9 @@ constexpr size_t bf16_word(size_t n, size_t k) {
 }
 
 // The 16 values of the 4-bit formats. NF4: QLoRA, arXiv 2305.14314, appendix E. FP4: E2M1 over 6. INT4: (code - 8) / 8.
-// FP4 of bitsandbytes: twelfths, in its order of codes.
+// FP4 of bitsandbytes: twelfths, in its order of codes. UINT4: the code, from which the zero point is yet to be taken.
 using Codebook = std::array<float, 16>;
-constexpr std::array<Codebook, 4> kCodebooks = {
+constexpr std::array<Codebook, 5> kCodebooks = {
     Codebook{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
              -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
              0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
@@ -81,8 +84,13 @@ constexpr std::array<Codebook, 4> kCodebooks = {
              -1.5f / 6, -2.0f / 6, -3.0f / 6, -4.0f / 6, -1.0f},
     Codebook{0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12,
              -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12},
+    Codebook{0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f, 9.0f, 10.0f, 11.0f, 12.0f, 13.0f, 14.0f, 15.0f},
 };
 constexpr const Codebook& codebook(Format f) { return kCodebooks[static_cast<size_t>(f)]; }
+// What is taken from the codebook's values of the output whose scale byte is at `scale`.
+inline float zero_point(Format f, const uint8_t* scale) {
+    return has_zeros(f) ? static_cast<float>(static_cast<int8_t>(scale[kTileN])) : 0.0f;
+}
 
 // Numbers of the world outside: a checkpoint's weights, another framework's activations.
 enum class NumberType : uint8_t { f32, f16, bf16 };

@@ -139,14 +139,17 @@ void unpack(Format format, const uint8_t* panels, const float* panel_scales, siz
             const size_t lane = row % kTileN, in_tile = i % kTileK;
             const uint8_t* panel = panels + row / kTileN * bytes;
             const uint8_t* codes = panel + code_offset(format, i / kTileK, k_tiles);
+            const uint8_t* scale = panel + scale_offset(format, i / kTileK) + lane;  // where there is one
             float value = 0;
             switch (format) {
                 case Format::nf4:
                 case Format::int4:
                 case Format::fp4:
-                case Format::fp4_bnb: {
+                case Format::fp4_bnb:
+                case Format::uint4: {
                     const uint8_t byte = codes[nibble_byte(lane, in_tile)];
-                    value = codebook(format)[nibble_is_high(in_tile) ? byte >> 4 : byte & 15];
+                    value =
+                        codebook(format)[nibble_is_high(in_tile) ? byte >> 4 : byte & 15] - zero_point(format, scale);
                     break;
                 }
                 case Format::int8:
@@ -162,10 +165,7 @@ void unpack(Format format, const uint8_t* panels, const float* panel_scales, siz
                     std::memcpy(&value, codes + 4 * (in_tile * kTileN + lane), 4);
                     break;
             }
-            if (has_scales(format)) {
-                const uint8_t byte = panel[scale_offset(format, i / kTileK) + lane];
-                value = panel_scales[row / kTileN] * e4m3(byte) * value;
-            }
+            if (has_scales(format)) value = panel_scales[row / kTileN] * e4m3(*scale) * value;
             out[row * k + i] = value;
         }
 }

@@ -1,6 +1,6 @@
 // Packing: from rows of a checkpoint to panels of tiles (format.h), codes chosen as docs/format.md section 4 states,
 // bit for bit the same on every instruction set. Unpacking is the inverse: value = panel scale * block scale *
-// codebook[code].
+// (codebook[code] - zero point).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -28,8 +28,9 @@ uint8_t nearest_byte(float x) {
 // A block of one output, its scale as it is in the checkpoint.
 struct Block {
     float scale = 0;
-    double squares = 0;  // sum of codebook[code]^2
+    double squares = 0;  // sum of (codebook[code] - zero point)^2
     int most = 0;        // int8: the largest |code|
+    int8_t zero = 0;
 };
 
 // What a block becomes under a panel's scale.
@@ -75,24 +76,23 @@ float choose_panel_scale(const std::vector<Block>& blocks, Format format) {
     return best;
 }
 
-double square_of(Format format, uint8_t code) {
-    if (format == Format::int8) return std::pow(static_cast<double>(static_cast<int8_t>(code)) / 127.0, 2);
-    return std::pow(static_cast<double>(codebook(format)[code]), 2);
-}
-
-std::array<double, 256> squares_of(Format format) {
-    std::array<double, 256> squares{};
+// By code; 0 for codes that are not the format's.
+std::array<double, 256> values_of(Format format) {
+    std::array<double, 256> values{};
     for (size_t code = 0; code < (is_4bit(format) ? 16 : 256); ++code)
-        squares[code] = square_of(format, static_cast<uint8_t>(code));
-    return squares;
+        values[code] = is_4bit(format) ? static_cast<double>(codebook(format)[code])
+                                       : static_cast<double>(static_cast<int8_t>(code)) / 127.0;
+    return values;
 }
 
-Block read_block(const uint8_t* codes, float scale, Format format, const std::array<double, 256>& squares) {
+Block read_block(const uint8_t* codes, float scale, int8_t zero, Format format, const std::array<double, 256>& values) {
     Block b{scale};
+    b.zero = zero;
     uint8_t all = 0;
     for (size_t k = 0; k < kTileK; ++k) {
+        const double value = values[codes[k]] - static_cast<double>(zero);
         all |= codes[k];
-        b.squares += squares[codes[k]];
+        b.squares += value * value;
         if (format == Format::int8)
             b.most = std::max(b.most, std::abs(static_cast<int>(static_cast<int8_t>(codes[k]))));
     }
@@ -110,14 +110,14 @@ void place_codes(const uint8_t* codes, size_t n, int multiple, Format format, ui
             tile[nibble_byte(n, k)] |= static_cast<uint8_t>(codes[k] << (nibble_is_high(k) ? 4 : 0));
 }
 
-// The code of the value 0: what outputs that are not there have.
+// The code of the value 0, under a zero point of 0: what outputs that are not there have.
 uint8_t zero_code(Format format) {
     if (format == Format::int8) return 0;
     const Codebook& values = codebook(format);
     return static_cast<uint8_t>(std::find(values.begin(), values.end(), 0.0f) - values.begin());
 }
 
-PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>& squares) {
+PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>& values) {
     const size_t k_tiles = a.k / kTileK, first = p * kTileN, n_rows = std::min(kTileN, a.n - first);
     uint8_t* panel = a.panels + p * panel_bytes(a.format, k_tiles);
     std::memset(panel, 0, panel_bytes(a.format, k_tiles));
@@ -125,8 +125,11 @@ PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>
 
     std::vector<Block> blocks;  // tile by tile, output by output
     for (size_t t = 0; t < k_tiles; ++t)
-        for (size_t n = 0; n < n_rows; ++n)
-            blocks.push_back(read_block(codes_at(n, t), a.block_scales[(first + n) * k_tiles + t], a.format, squares));
+        for (size_t n = 0; n < n_rows; ++n) {
+            const size_t at = (first + n) * k_tiles + t;
+            blocks.push_back(
+                read_block(codes_at(n, t), a.block_scales[at], a.zeros ? a.zeros[at] : int8_t{0}, a.format, values));
+        }
 
     const float g = a.panel_scales[p] = choose_panel_scale(blocks, a.format);
     std::array<uint8_t, kTileK> nothing;
@@ -137,7 +140,9 @@ PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>
         for (size_t n = 0; n < n_rows; ++n) {
             const Block& b = blocks[t * n_rows + n];
             const Placed placed = place_block(b, g, a.format);
-            panel[scale_offset(a.format, t) + n] = placed.byte;
+            uint8_t* scale = panel + scale_offset(a.format, t) + n;
+            *scale = placed.byte;
+            if (has_zeros(a.format)) scale[kTileN] = static_cast<uint8_t>(b.zero);
             place_codes(codes_at(n, t), n, placed.multiple, a.format, tile);
             sums.error += b.squares * placed.error;
             sums.reference += b.squares * static_cast<double>(b.scale) * static_cast<double>(b.scale);
@@ -150,10 +155,10 @@ PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>
 }  // namespace
 
 PackSums place(const PlaceArgs& a) {
-    const std::array<double, 256> squares = squares_of(a.format);
+    const std::array<double, 256> values = values_of(a.format);
     PackSums sums;
     for (size_t p = 0; p < panels_of(a.n); ++p) {
-        const PackSums panel = place_panel(a, p, squares);
+        const PackSums panel = place_panel(a, p, values);
         sums.error += panel.error, sums.reference += panel.reference;
     }
     return sums;

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 
 Floats = NDArray[np.float32]

@@ -75,7 +75,7 @@ def integers(
     rng = np.random.default_rng(seed)
     n, k = shape
     codes = rng.integers(0, 16, shape)
-    zeros = rng.integers(2, 14, (n, k // group)) if zero is None else np.full((n, k // group), zero)
+    zeros = rng.integers(0, 16, (n, k // group)) if zero is None else np.full((n, k // group), zero)
     scales = rng.uniform(0.002, 0.02, (n, k // group)).astype(np.float16)
     by_input = (np.repeat(a, group, axis=1) for a in (zeros, scales.astype(np.float32)))
     at, of = by_input

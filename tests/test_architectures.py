@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+import fourfold._core as _core
 import reference
 import tiny
 from fourfold.checkpoint import check_complete, open_source

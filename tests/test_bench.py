@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 from fourfold import bench, cli
 from fourfold.bench import conversion, limits, matrix, model, reduction, speculation
 from fourfold.checkpoint import open_source

@@ -19,6 +19,7 @@ from matrices import Rotation, activations, block, product_error, whole
 import compare
 from fourfold.bench import limits
 from fourfold.checkpoint import check_complete, open_source
+from fourfold.cli import run_as
 from fourfold.errors import CheckpointError, UserError
 from fourfold.format import stored_bytes
 from fourfold.models import weight_specs
@@ -396,7 +397,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments, "--cache", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
-        compare.main()
+        run_as("compare", compare.app)
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("compare: ")

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import fake_source
+import fourfold._core as _core
 import fourfold.engine
 from fourfold import bench, cli, doctor
 from fourfold.checkpoint import Source

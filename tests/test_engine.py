@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import fake_source
+import fourfold._core as _core
 import fourfold.engine
 import tiny
 from fourfold.checkpoint import Source, open_source

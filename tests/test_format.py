@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 from fourfold.config import FORMATS, WeightFormat
 
@@ -142,8 +142,11 @@ def test_every_lane_of_every_format_lies_where_the_specification_says() -> None:
     p, t = 2, 7
     for fmt in FORMATS:
         c = tiles.CODE_BYTES[fmt]
-        a = 16 if fmt in tiles.SCALED else 0
-        panels = rng.integers(0, 120, (p, t * (a + c)), np.uint8)  # no NaN as scales, as bf16 or as f32
+        a = 32 if fmt == "uint4" else 16 if fmt in tiles.SCALED else 0
+        # No NaN as scales, as bf16 or as f32; only uint4 has bytes that may be anything, its zero points among them.
+        panels = rng.integers(0, 120, (p, t * (a + c)), np.uint8)
+        if fmt == "uint4":
+            panels[rng.random(panels.shape) < 0.3] ^= 0x80
         scales = np.array([0.5, 3.0], np.float32)
         values = tiles.unpack(panels, scales if a else None, fmt, shape)
         np.testing.assert_array_equal(native_unpack(panels, scales, fmt, shape), values)
@@ -155,6 +158,8 @@ def test_every_lane_of_every_format_lies_where_the_specification_says() -> None:
             if fmt in tiles.CODEBOOKS:
                 byte = codes[k // 8 * 64 + n * 4 + k % 4]
                 value = tiles.CODEBOOKS[fmt][byte & 15 if k % 8 < 4 else byte >> 4]
+                if fmt == "uint4":
+                    value -= np.float32(np.uint8(panel[g * 4 * (a + c) + a * i + 16 + n]).view(np.int8))
             elif fmt == "int8":
                 value = np.float32(np.int8(codes[k // 4 * 64 + n * 4 + k % 4])) / np.float32(127)
             elif fmt == "bf16":
@@ -164,12 +169,12 @@ def test_every_lane_of_every_format_lies_where_the_specification_says() -> None:
             else:
                 value = np.frombuffer(codes, np.float32)[k * 16 + n]
             if a:
-                byte = panel[g * 4 * (a + c) + 16 * i + n]
+                byte = panel[g * 4 * (a + c) + a * i + n]
                 value = scales[row // 16] * np.uint8(byte).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * value
             assert values[row, column] == value, (fmt, row, column)
 
 
-@pytest.mark.parametrize("fmt", tiles.SCALED)
+@pytest.mark.parametrize("fmt", [fmt for fmt in tiles.SCALED if fmt != "uint4"])
 def test_weights_on_the_grid_come_back_exactly(fmt: WeightFormat) -> None:
     rng = np.random.default_rng(3)
     book = tiles.CODEBOOKS.get(fmt, np.arange(-127, 128, dtype=np.float32) / np.float32(127))
@@ -182,6 +187,38 @@ def test_weights_on_the_grid_come_back_exactly(fmt: WeightFormat) -> None:
     assert scales == [g]
     assert error == 0
     np.testing.assert_array_equal(native_unpack(panels, scales, fmt, weights.shape), weights)
+
+
+def test_weights_on_a_grid_with_zero_points_come_back_exactly() -> None:
+    """Every zero point from 0 to 15, in blocks that have all 16 codes and in some that lack one at an end."""
+    rng = np.random.default_rng(3)
+    g, scale_bytes = np.float32(2**-10), rng.integers(1, 127, (16, 4)).astype(np.uint8)
+    scale_bytes[0, 0] = 126  # with it the panel's widest block is 15 · 448 g wide
+    zeros = np.arange(16)[:, None, None]
+    codes = rng.integers(0, 16, (16, 4, 64))
+    codes[..., :2] = 0, 15
+    codes[1:15, 2] = rng.integers(1, 16, (14, 64))  # one scale fits all the same
+    scales = g * scale_bytes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    weights = (scales[..., None] * (codes - zeros).astype(np.float32)).reshape(16, 256)
+    panels, panel_scales, (error, _) = native_pack(weights, "uint4")
+    assert panel_scales == [g]
+    assert error == 0
+    np.testing.assert_array_equal(native_unpack(panels, panel_scales, "uint4", weights.shape), weights)
+    stored = panels[0, :128].reshape(4, 2, 16)
+    np.testing.assert_array_equal(stored[[0, 1, 3], 0], scale_bytes.T[[0, 1, 3]])
+    np.testing.assert_array_equal(stored[[0, 1, 3], 1], np.broadcast_to(np.arange(16), (3, 16)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(hnp.arrays(np.float32, (3, 70), elements=st.floats(-1, 1, width=32) | st.just(0)), st.floats(-2, 2, width=32))
+def test_zero_stays_zero_beside_any_weights(weights: NDArray[np.float32], offset: float) -> None:
+    """What is padding, and what somebody pruned: in a format whose codes need not have a 0."""
+    weights = np.where(weights == 0, 0, weights + np.float32(offset)).astype(np.float32)
+    panels, scales, _ = native_pack(weights, "uint4")
+    values = native_unpack(panels, scales, "uint4", (16, 128))
+    assert (values[:3, :70][weights == 0] == 0).all()
+    assert (values[3:] == 0).all()
+    assert (values[:, 70:] == 0).all()
 
 
 def test_one_block_packed_by_hand() -> None:
@@ -219,8 +256,8 @@ def test_relative_error_on_gaussian_weights() -> None:
         # Float32 sums of 64 terms each, so a relative error of at most 64 · 2^-24 and that of the terms.
         assert error == pytest.approx(((weights - actual) ** 2).sum(), rel=1e-5, abs=1e-12)
         assert reference == pytest.approx((weights.astype(np.float64) ** 2).sum(), rel=1e-5)
-    assert measured["nf4"] < measured["int4"] < measured["fp4"]
-    expected = {"nf4": 0.085, "int4": 0.0915, "fp4": 0.099, "int8": 0.0062, "bf16": 0.00166}
+    assert measured["nf4"] < measured["uint4"] < measured["int4"] < measured["fp4"]
+    expected = {"nf4": 0.085, "uint4": 0.0887, "int4": 0.0915, "fp4": 0.099, "int8": 0.0062, "bf16": 0.00166}
     assert {fmt: measured[fmt] for fmt in expected} == pytest.approx(expected, rel=0.02)
     assert measured["f32"] == 0
 
@@ -276,6 +313,7 @@ def test_wrong_arguments_are_refused() -> None:
 def test_bits_per_weight_count_everything() -> None:
     assert tiles.bits_per_weight("nf4", (8192, 8192)) == 4 + 8 / 64 + 32 / (16 * 8192)
     assert tiles.bits_per_weight("nf4", (576, 576)) == pytest.approx(4.1285, abs=1e-4)
+    assert tiles.bits_per_weight("uint4", (8192, 8192)) == 4 + 16 / 64 + 32 / (16 * 8192)
     assert tiles.bits_per_weight("int8", (16, 64)) == 8 + 8 / 64 + 32 / (16 * 64)
     assert tiles.bits_per_weight("bf16", (16, 64)) == 16
     assert tiles.bits_per_weight("f32", (8, 64)) == 64  # half of the panel is padding

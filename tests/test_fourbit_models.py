@@ -55,6 +55,15 @@ def stored_codes(directory: FourfoldDirectory, name: str) -> NDArray[Any]:
     return codes.reshape(-1, 64 * t)[: weight.shape[0], : weight.shape[1]]
 
 
+def stored_zeros(directory: FourfoldDirectory, name: str) -> NDArray[np.int8]:
+    """(N, K / 64), taken out of the tiles."""
+    weight = directory.weights[name]
+    count, t = tiles.n_panels(weight.shape[0]), tiles.n_tiles(weight.shape[1])
+    panels = np.fromfile(directory.weights_path, np.uint8, weight.data_bytes, offset=weight.data_offset)
+    scales, _ = tiles._split_groups(panels.reshape(count, -1), t, weight.format)
+    return scales[..., 16:].transpose(0, 2, 1).reshape(-1, t)[: weight.shape[0]].view(np.int8)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_not_one_code_changes(scheme: str, tmp_path: Path) -> None:
     path, _ = write(tmp_path, scheme)
@@ -157,19 +166,33 @@ def test_integers_are_kept_in_int8_where_that_is_asked_for(tmp_path: Path) -> No
             assert rms(weight - meant[name]) < 0.012 * rms(meant[name])
 
 
-def test_asymmetric_codes_are_kept_in_int8_and_that_is_said(tmp_path: Path) -> None:
-    path, _ = write(tmp_path, "AWQ")
+@pytest.mark.parametrize("scheme", ["AWQ", "GPTQ, asymmetric", "compressed-tensors, asymmetric"])
+def test_zero_points_are_kept_beside_the_codes(scheme: str, tmp_path: Path) -> None:
+    path, _ = write(tmp_path, scheme)
     directory, notes = converted(path)
-    assert directory.format == "int8"
-    assert notes == [
-        "the AWQ int4 codes of 14 matrices are kept, as int8; 2 others are bf16",
-        "14 matrices (layers.0.q to layers.1.down) have zero points that int4 cannot hold, so their codes are kept in"
-        " int8: 8.14 bits a weight; --format nf4 makes them 4.13, quantized anew",
-    ]
+    assert directory.format == "uint4"
+    with open_source(path) as source:
+        (spec,) = (spec for spec in weight_specs(source.config) if spec.name == "layers.1.down")
+        theirs = read_blocks(spec, source, "uint4", 0, spec.shape[0])
+        origin = source.tensors[spec.rows.names[0]].origin  # type: ignore[attr-defined]
+    assert notes == [f"the {origin} codes of 14 matrices are kept, as uint4; 2 others are bf16"]
+    assert inspect(directory.path)["recipe"]["codes"] == notes[0]
+    np.testing.assert_array_equal(stored_zeros(directory, spec.name), theirs["zeros"])
+    assert theirs["zeros"].min() < 4
+    assert theirs["zeros"].max() > 11
+
+
+def test_zero_points_are_kept_in_int8_where_that_is_asked_for(tmp_path: Path) -> None:
+    path, meant = write(tmp_path, "AWQ")
+    directory, notes = converted(path, "int8")
+    assert notes == ["the AWQ int4 codes of 14 matrices are kept, as int8; 2 others are int8"]
+    for name, weight in unpacked(directory).items():
+        if "_proj." in name:
+            assert rms(weight - meant[name]) < 0.012 * rms(meant[name])
 
 
 def test_matrices_of_one_linear_may_have_several_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """q in int4, k as it was, v in int8: one op in the model's description, three kernels in the engine."""
+    """q in int4, k as it was, v in uint4: one op in the model's description, three kernels in the engine."""
     monkeypatch.setenv("FOURFOLD_ISA", "avx2")
 
     def mixed(module: str, shape: tuple[int, int], seed: int) -> Written | None:
@@ -179,7 +202,7 @@ def test_matrices_of_one_linear_may_have_several_formats(tmp_path: Path, monkeyp
 
     path, _ = writers.checkpoint(tmp_path / "model", writers.gptq_config(sym=False), mixed)
     directory, _ = converted(path)
-    assert [directory.weights[f"layers.0.{part}"].format for part in "qkv"] == ["int4", "bf16", "int8"]
+    assert [directory.weights[f"layers.0.{part}"].format for part in "qkv"] == ["int4", "bf16", "uint4"]
     expected = reference.forward(directory.config, unpacked(directory), IDS)
     for ranks in (1, 2):
         with LLM(directory.path, ranks=ranks, kv="f32") as llm:
@@ -252,8 +275,8 @@ def test_the_commands_take_such_a_directory(run: Run, tmp_path: Path) -> None:
     path, _ = write(tmp_path, "AWQ")
     status, out, err = run("inspect", str(path), "--json")
     assert status == 0
-    assert "14 matrices (layers.0.q to layers.1.down) have zero points that int4 cannot hold" in err
-    assert json.loads(out.splitlines()[-1])["format"] == "int8"
+    assert "the AWQ int4 codes of 14 matrices are kept, as uint4; 2 others are bf16" in err
+    assert json.loads(out.splitlines()[-1])["format"] == "uint4"
     status, _, err = run("inspect", str(path), "--json")
     assert (status, err) == (0, "")  # converted already
 

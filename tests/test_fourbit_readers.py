@@ -27,29 +27,38 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Written], tuple[str, ...]
     "NF4, blocks of 128": (writers.bnb_config(), lambda *a: writers.bnb(*a, run=128), ("nf4",)),
     "FP4": (writers.bnb_config("fp4", False), lambda *a: writers.bnb(*a, kind="fp4", nested=False), ("fp4_bnb",)),
     "FP4, nested": (writers.bnb_config("fp4"), lambda *a: writers.bnb(*a, kind="fp4"), ("fp4_bnb",)),
-    "GPTQ": (writers.gptq_config(), writers.gptq, ("int4", "int8")),
-    "GPTQ, groups of 64": (writers.gptq_config(64), lambda *a: writers.gptq(*a, group=64), ("int4", "int8")),
+    "GPTQ": (writers.gptq_config(), writers.gptq, ("int4", "uint4", "int8")),
+    "GPTQ, groups of 64": (writers.gptq_config(64), lambda *a: writers.gptq(*a, group=64), ("int4", "uint4", "int8")),
     "GPTQ, one scale an output": (
         writers.gptq_config(-1),
         lambda *a: writers.gptq(*a, group=1 << 30),
-        ("int4", "int8"),
+        ("int4", "uint4", "int8"),
     ),
-    "GPTQ 2": (writers.gptq_config(version=2), lambda *a: writers.gptq(*a, version=2), ("int4", "int8")),
-    "GPTQ, zero points of 7": (writers.gptq_config(sym=False), lambda *a: writers.gptq(*a, zero=7), ("int4", "int8")),
-    "GPTQ, asymmetric": (writers.gptq_config(sym=False), lambda *a: writers.gptq(*a, zero=None), ("int8",)),
-    "AWQ": (writers.awq_config(), writers.awq, ("int8",)),
-    "AWQ, groups of 64": (writers.awq_config(64), lambda *a: writers.awq(*a, group=64), ("int8",)),
-    "AWQ, zero points of 8": (writers.awq_config(), lambda *a: writers.awq(*a, zero=8), ("int4", "int8")),
-    "compressed-tensors": (writers.compressed_config(), writers.compressed, ("int4", "int8")),
+    "GPTQ 2": (writers.gptq_config(version=2), lambda *a: writers.gptq(*a, version=2), ("int4", "uint4", "int8")),
+    "GPTQ, zero points of 7": (
+        writers.gptq_config(sym=False),
+        lambda *a: writers.gptq(*a, zero=7),
+        ("int4", "uint4", "int8"),
+    ),
+    "GPTQ, asymmetric": (writers.gptq_config(sym=False), lambda *a: writers.gptq(*a, zero=None), ("uint4", "int8")),
+    "GPTQ 2, asymmetric, one scale an output": (
+        writers.gptq_config(-1, sym=False, version=2),
+        lambda *a: writers.gptq(*a, group=1 << 30, zero=None, version=2),
+        ("uint4", "int8"),
+    ),
+    "AWQ": (writers.awq_config(), writers.awq, ("uint4", "int8")),
+    "AWQ, groups of 64": (writers.awq_config(64), lambda *a: writers.awq(*a, group=64), ("uint4", "int8")),
+    "AWQ, zero points of 8": (writers.awq_config(), lambda *a: writers.awq(*a, zero=8), ("int4", "uint4", "int8")),
+    "compressed-tensors": (writers.compressed_config(), writers.compressed, ("int4", "uint4", "int8")),
     "compressed-tensors, one scale an output": (
         writers.compressed_config(),
         lambda *a: writers.compressed(*a, group=1 << 30),
-        ("int4", "int8"),
+        ("int4", "uint4", "int8"),
     ),
     "compressed-tensors, asymmetric": (
         writers.compressed_config(64, symmetric=False),
         lambda *a: writers.compressed(*a, group=64, zero=None),
-        ("int8",),
+        ("uint4", "int8"),
     ),
 }
 
@@ -89,6 +98,8 @@ def test_codes_and_scales_stand_for_the_same(scheme: str, tmp_path: Path) -> Non
                 points: NDArray[Any] = (
                     blocks["codes"].view(np.int8) / 127 if fmt == "int8" else CODEBOOKS[fmt][blocks["codes"]]
                 )
+                if fmt == "uint4":
+                    points = points - np.repeat(blocks["zeros"], 64, axis=1)
                 values = points.astype(np.float64) * np.repeat(blocks["scales"], 64, axis=1)
                 np.testing.assert_allclose(values, meant[name][start:stop], rtol=3e-7, atol=0)
 
@@ -141,7 +152,7 @@ def test_what_happens_to_fit_int4_is_held_by_it(tmp_path: Path) -> None:
     path, meant = writers.checkpoint(tmp_path / "model", writers.gptq_config(64, sym=False), write)
     with open_source(path) as source:
         tensor = coded(source, Q)
-        assert tensor.formats == ("int4", "int8")
+        assert tensor.formats == ("int4", "uint4", "int8")
         blocks = tensor.blocks("int4", 0, 128)
         values = CODEBOOKS["int4"][blocks["codes"]] * np.repeat(blocks["scales"], 64, axis=1)
         np.testing.assert_array_equal(values, meant[Q])
@@ -221,6 +232,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(group_size=2**31), "group_size"),
     ("GPTQ", option(group_size="all"), "group_size"),
     ("GPTQ", option(group_size=64), r"scales should be float16 or bfloat16 or float32 \(4, 128\)"),
+    ("GPTQ", option(meta={"quantizer": [7]}), "quantizer to .7.; it must be a string or a list"),
+    ("GPTQ", option(meta="gptqmodel"), "meta to 'gptqmodel'; it must be an object"),
     ("GPTQ", option(dynamic={"up_proj": {"bits": 8}}), "dynamic"),
     ("GPTQ", option(rotation="hadamard"), "rotation: fourfold does not know this key"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), r"q_proj.g_idx deals the inputs out .*\(desc_act\)"),
@@ -283,12 +296,13 @@ def test_a_bias_that_the_model_does_not_have_may_be_there_if_it_is_zero(value: i
                 check_complete(weight_specs(source.config), source)
 
 
-def test_a_zero_point_of_16_is_refused(tmp_path: Path) -> None:
-    path, _ = writers.checkpoint(tmp_path / "model", writers.gptq_config(), writers.gptq)
-    changed(path, tensor(f"{MODULE}.qzeros", lambda t: np.full_like(t, -1)))
+def test_a_zero_point_that_readers_differ_on_is_refused(tmp_path: Path) -> None:
+    """Unless it is known that GPTQModel has written it: the zero points of `GPTQ, asymmetric` go down to 0."""
+    config = writers.gptq_config(sym=False) | {"meta": {"quantizer": "autogptq:0.7"}}
+    path, _ = writers.checkpoint(tmp_path / "model", config, lambda *a: writers.gptq(*a, zero=None))
     with (
         open_source(path) as source,
-        pytest.raises(UnsupportedError, match=r"zero point 16, which is not one of 4 bits"),
+        pytest.raises(UnsupportedError, match=r"q_proj.qzeros holds a 15, which some .* gptq_v2"),
     ):
         coded(source, Q).formats  # noqa: B018
 

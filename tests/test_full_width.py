@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 import reference
 from fourfold import format as tiles
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory, lay_out, open_directory

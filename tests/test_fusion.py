@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 import fourfold.engine
 import tiny
 from chain import make_team

@@ -114,6 +114,17 @@ def test_importing_fourfold_loads_nothing_heavy() -> None:
     assert out.strip() == "[]"
 
 
+def test_the_native_core_is_described_as_it_is_built(tmp_path: Path) -> None:
+    stub = tmp_path / "_core.pyi"
+    commands = (
+        ["nanobind.stubgen", "--quiet", "-m", "fourfold._core", "-o", str(stub)],
+        ["ruff", "format", "--quiet", "--config", str(ROOT / "pyproject.toml"), str(stub)],
+    )
+    for command in commands:
+        subprocess.run([sys.executable, "-m", *command], check=True)
+    assert stub.read_text() == (ROOT / "src/fourfold/_core.pyi").read_text(), "`make stub` writes it anew"
+
+
 @pytest.mark.parametrize(
     "path",
     [p for folder in ("src", "csrc", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.*"))

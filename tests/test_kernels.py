@@ -10,12 +10,12 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold import format as tiles
 
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in _core.linear_kernels()}
@@ -54,8 +54,9 @@ def _block_scales(panels: Any, panel_scales: Floats | None, fmt: Any, n: int, k:
     """docs/format.md, section 3."""
     if panel_scales is None:
         return np.zeros((n, k))
-    tile = 16 + tiles.CODE_BYTES[fmt]
-    at = [t // 4 * 4 * tile + t % 4 * 16 for t in range(tiles.n_tiles(k))]
+    step = 32 if fmt == "uint4" else 16
+    tile = step + tiles.CODE_BYTES[fmt]
+    at = [t // 4 * 4 * tile + t % 4 * step for t in range(tiles.n_tiles(k))]
     columns = [panels[:, i : i + 16].reshape(-1) for i in at]  # for each tile a byte per output
     scales = np.stack(columns, axis=1).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     return np.abs(np.repeat(scales * np.repeat(panel_scales, 16)[:, None], 64, axis=1)[:n, :k])
@@ -156,6 +157,23 @@ def test_large_and_small_weights(name: str, size: float) -> None:
     weights[4] = 0
     weights[16:32] = 0  # a panel of zeros
     check(name, some_rows(9, 130), pack(weights, ROWS[name]["format"]))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["format"] == "uint4"])
+def test_zero_points_may_be_any_byte_and_scales_of_either_sign(name: str) -> None:
+    rng = np.random.default_rng(7)
+    panels = rng.integers(0, 256, (3, tiles.panel_bytes("uint4", 700)), np.uint8)
+    for t in range(11):
+        at = t // 4 * 4 * 544 + t % 4 * 32
+        panels[:, at : at + 16] = rng.integers(8, 127, (3, 16)) | rng.choice([0, 128], (3, 16))
+    panels[0, 16:32] = np.arange(16) - 128
+    panels[0, 48:64] = np.arange(16) + 112
+    panel_scales = np.float32([1e-3, 1, 30])
+    values = tiles.unpack(panels, panel_scales, "uint4", (48, 704)).astype(np.float64)
+    matrix = Matrix(panels, panel_scales, values, _block_scales(panels, panel_scales, "uint4", 48, 704))
+    for m in (1, 2, 5, 9, 35):
+        check(name, some_rows(m, 704), matrix)
+    check(name, np.full((17, 704), 1e6, np.float32), matrix)  # the largest sums of codes and of zero points
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"] == "i16"])

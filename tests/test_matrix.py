@@ -7,13 +7,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import fourfold
+import fourfold._core as _core
 from fourfold import matrix
 from fourfold.config import FORMATS
 from fourfold.errors import UserError

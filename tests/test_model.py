@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+import fourfold._core as _core
 import fourfold.engine
 import reference
 from fourfold.checkpoint.fourfold_dir import open_directory

@@ -131,7 +131,14 @@ def test_every_shape_has_a_plan(shape: str) -> None:
 def test_formats_and_caches_cost_what_they_should() -> None:
     gigabytes = {f: plan.plan("llama-7b", machine="nf8260g7", format=f)["decode"]["read_weights_gb"] for f in FORMATS}
     assert gigabytes["bf16"] == pytest.approx(2 * gigabytes["f32"] / 4, rel=0.01)
-    assert gigabytes["nf4"] == gigabytes["int4"] == gigabytes["fp4"] < gigabytes["int8"] < gigabytes["bf16"]
+    assert (
+        gigabytes["nf4"]
+        == gigabytes["int4"]
+        == gigabytes["fp4"]
+        < gigabytes["uint4"]
+        < gigabytes["int8"]
+        < gigabytes["bf16"]
+    )
     kv = {k: plan.plan("llama-7b", machine="nf8260g7", kv=k)["decode"]["read_kv_gb"] for k in ("bf16", "int8", "f32")}
     assert kv["f32"] == pytest.approx(2 * kv["bf16"])
     assert kv["bf16"] / 2 < kv["int8"] < kv["bf16"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import fourfold._core as _core
 from chain import Chain, make_team
 from fourfold import format as tiles
 from fourfold import models

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold.config import FORMATS
 from fourfold.engine import Engine
 from fourfold.llm import LLM

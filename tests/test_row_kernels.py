@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+import fourfold._core as _core
 
 EPS = 2.0**-24  # of float32, to nearest
 E_87 = 1.7e-38  # exp() stops here: what is smaller need not be

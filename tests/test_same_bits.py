@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 import tiny
 from fourfold.engine import MOST_BACK, Engine, Feed, RowClass
 from fourfold.errors import UserError
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(0).integers(0, 96, 300).tolist()
 OTHERS = np.random.default_rng(1).integers(0, 96, (9, 300)).tolist()
 
 
-FORMATS = ("nf4", "bf16", "f32")
+FORMATS = ("nf4", "uint4", "bf16", "f32")
 SOURCES = ("yuan", "gemma3")
 # Every format in every way that kernels are chosen, every source in every one of these ways.
 PIECES = [

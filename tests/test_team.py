@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 
+import fourfold._core as _core
 from chain import Chain, make_team
 from threads import allowed_cpus, eventually
 

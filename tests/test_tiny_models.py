@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 import reference
 import tiny
 from fourfold.checkpoint import open_source

@@ -10,7 +10,6 @@ from time import time
 from typing import Any
 
 import fourfold._core as _core
-
 from fourfold.bench.limits import Limits
 from fourfold.machine import plan_ranks, read_machine
 from peers.catalogue import Peer

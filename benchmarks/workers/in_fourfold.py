@@ -12,12 +12,12 @@ from orders import Subject, pin, serve
 THREADS = pin(sys.argv[1])
 FORMAT: Final = "nf4"
 
-import fourfold._core as _core  # noqa: E402
 import numpy as np  # noqa: E402
 from matrices import ROWS, activations, block, copies_for, passes, product_error  # noqa: E402
 from talk import CONTEXT, Talk  # noqa: E402
 
 import fourfold  # noqa: E402
+import fourfold._core as _core  # noqa: E402
 from fourfold.bench.matrix import MAX_PROGRAMS, Copies, Run  # noqa: E402
 from fourfold.engine import Engine  # noqa: E402
 from fourfold.format import n_panels, panel_bytes, stored_bytes  # noqa: E402

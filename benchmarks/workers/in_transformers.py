@@ -82,7 +82,7 @@ class Compared(Talk):
 
     def __init__(self, model: Loaded, subject: Mapping[str, Any]) -> None:
         super().__init__(model, subject)
-        self._more: dict[str, float] = {"peak_bytes": peak_bytes()}
+        self._more: dict[str, Any] = {"peak_bytes": peak_bytes()}
         if "reference" in subject:
             self._more["kl"] = divergence(model, Path(subject["reference"]))
 
@@ -90,14 +90,14 @@ class Compared(Talk):
         return {**super().facts(), **self._more}
 
 
-def divergence(model: Loaded, reference: Path) -> float:
-    """KL divergence from what `write_reference` wrote to the model: nats a token."""
+def divergence(model: Loaded, reference: Path) -> list[float]:
+    """KL divergence from what `write_reference` wrote to the model: of each window, nats a token."""
     windows, found = np.load(reference / "ids.npy").tolist(), np.load(reference / "logits.npy", mmap_mode="r")
-    total = 0.0
+    of_windows = []
     for ids, logits in zip(windows, found, strict=True):
         wanted = torch.from_numpy(np.array(logits)).log_softmax(-1)
-        total += float((wanted.exp() * (wanted - model.logits(ids).log_softmax(-1))).sum(-1).mean())
-    return total / len(windows)
+        of_windows.append(float((wanted.exp() * (wanted - model.logits(ids).log_softmax(-1))).sum(-1).mean()))
+    return of_windows
 
 
 def write_reference(directory: str, folder: Path, windows: Sequence[Sequence[int]], shape: tuple[int, int]) -> None:
@@ -108,7 +108,11 @@ def write_reference(directory: str, folder: Path, windows: Sequence[Sequence[int
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.tensor(windows) if windows else sampled(model, *shape)
     np.save(folder / "ids.npy", ids.numpy())
-    np.save(folder / "logits.npy", np.stack([model(row[None], use_cache=False).logits[0].numpy() for row in ids]))
+    shape_of_logits = (*ids.shape, model.config.vocab_size)
+    logits = np.lib.format.open_memmap(folder / "logits.npy", mode="w+", dtype=np.float32, shape=shape_of_logits)
+    for row, to in zip(ids, logits, strict=True):
+        to[:] = model(row[None], use_cache=False).logits[0].numpy()
+    logits.flush()
 
 
 def sampled(model: Any, n_texts: int, n_tokens: int) -> torch.Tensor:

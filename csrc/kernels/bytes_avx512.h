@@ -8,8 +8,8 @@ namespace fourfold {
 namespace {
 
 // Bytes a unit of the codebook: where 16 rounded values lie closest to the true ones (NF4: rms 0.0017 against 0.0036 at
-// the worst factor between 90 and 127); exact for int4 and fp4, and for fp4_bnb but for its least, which is 0.625
-// units.
+// the worst factor between 90 and 127); exact for int4, uint4 and fp4, and for fp4_bnb but for its least, which is
+// 0.625 units.
 constexpr float units(Format f) {
     switch (f) {
         case Format::nf4:
@@ -20,19 +20,21 @@ constexpr float units(Format f) {
             return 108.0f;
         case Format::fp4_bnb:
             return 120.0f;
+        case Format::uint4:
+            return 1.0f;
         default:
             return 127.0f;
     }
 }
 
-// The bytes round(units * codebook) + 128 of the 16 codes, four times over: vpermb reads 6 bits of an index, so neither
-// nibble needs a mask.
+// The bytes round(units * codebook) + 128 of the 16 codes (uint4's are not signed: they stay as they are), four times
+// over: vpermb reads 6 bits of an index, so neither nibble needs a mask.
 template <Format F>
 inline __m512i byte_table() {
     alignas(64) static constexpr auto kTable = [] {
         std::array<uint8_t, 64> table{};
         for (size_t i = 0; is_4bit(F) && i < 64; ++i)
-            table[i] = static_cast<uint8_t>(codebook(F)[i % 16] * units(F) + 128.0f + 0.5f);
+            table[i] = static_cast<uint8_t>(codebook(F)[i % 16] * units(F) + (has_zeros(F) ? 0.0f : 128.0f) + 0.5f);
         return table;
     }();
     return _mm512_load_si512(kTable.data());
@@ -47,6 +49,10 @@ constexpr size_t kLead = 24 * 1024;  // bytes that L2 is ahead of the loads, at 
 constexpr size_t kNear = 1024;       // bytes that L1 is
 
 inline void ask_near(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + kNear), _MM_HINT_T0); }
+
+// Lines of scales a group.
+template <Format F>
+constexpr size_t kScaleLines = scale_bytes(F) * kGroupTiles / 64;
 
 // The lines asked into L2 while panels [p, p + PANELS) are walked, tile by tile.
 template <Format F, size_t PANELS>
@@ -64,9 +70,10 @@ class Ahead {
         at_ = from_ < end_ ? from_ : from_ + jump_;
         from_ += PANELS * code_bytes(F);
         if (t % kGroupTiles != 0) return;
-        for (size_t i = 0; i < PANELS; ++i) ask(i * kLine);
-        at_ += PANELS * kLine;  // as many lines of scales
-        from_ += PANELS * kLine;
+        constexpr size_t kLines = PANELS * kScaleLines<F>;
+        for (size_t i = 0; i < kLines; ++i) ask(i * kLine);
+        at_ += kLines * kLine;
+        from_ += kLines * kLine;
     }
     // For the line at `offset` of panel i's tile.
     void ask_line(size_t i, size_t offset) const { ask(offset * PANELS + i * kLine); }
@@ -77,6 +84,13 @@ class Ahead {
     const uint8_t *from_, *end_, *at_ = nullptr;
     ptrdiff_t jump_;
 };
+
+// What a tile's sums of (256 hi + lo) * u begin with, so that they are those of the weights: see I16Row.
+template <Format F>
+inline __m512i sums_begin(int32_t offset, __m512i zeros) {
+    if constexpr (has_zeros(F)) return _mm512_mullo_epi32(zeros, _mm512_set1_epi32(offset / 128));
+    return _mm512_set1_epi32(offset);
+}
 
 // Bytes of codes that 8 inputs take.
 template <Format F>

@@ -19,13 +19,31 @@ inline __m512 tile_scales(const uint8_t* bytes, __m512 panel_scale) {
     return _mm512_mul_ps(panel_scale, _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p120f)));
 }
 
+// The 16 zero points of a tile whose scales are at `scales`.
+template <Format F>
+inline __m512i tile_zeros(const uint8_t* scales) {
+    if constexpr (!has_zeros(F)) return _mm512_setzero_si512();
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + kTileN)));
+}
+
+// What makes weights of a tile's codes: scale * (codebook[code] - zero).
+struct TileUnits {
+    __m512 scale, zero;
+};
+template <Format F>
+inline TileUnits tile_units(const uint8_t* scales, float panel_scale) {
+    return {tile_scales(scales, _mm512_set1_ps(panel_scale)), _mm512_cvtepi32_ps(tile_zeros<F>(scales))};
+}
+
 // The inputs of a 32-bit lane of 4-bit codes, lowest nibble first, within their group of 8.
 constexpr size_t kNibbleInput[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
-// Nibble I of each lane, through the codebook. vpermps reads the low 4 bits of a lane and ignores the rest.
-template <int I>
-inline __m512 nibble(__m512 table, __m512i lanes) {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4 * I), table);
+// Nibble I of each lane, through the codebook and less the zero point. vpermps reads the low 4 bits of a lane and
+// ignores the rest.
+template <Format F, int I>
+inline __m512 nibble(__m512 table, __m512i lanes, __m512 zero) {
+    const __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4 * I), table);
+    return has_zeros(F) ? _mm512_sub_ps(value, zero) : value;
 }
 
 template <int BYTE>
@@ -48,10 +66,10 @@ inline __m512i bf16_pairs(__m512 even, __m512 odd) {
 
 // Group g of 8 inputs of a tile as its 4 vectors of a bf16 tile (format.h), scaled; `out` is the tile, 64-byte aligned.
 template <Format F>
-inline void group_to_bf16(const uint8_t* codes, __m512 scale, size_t g, uint8_t* out) {
+inline void group_to_bf16(const uint8_t* codes, const TileUnits& units, size_t g, uint8_t* out) {
     auto* to = reinterpret_cast<__m512i*>(out) + g * 4;
     if constexpr (F == Format::int8) {
-        const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(1.0f / 127.0f));
+        const __m512 step = _mm512_mul_ps(units.scale, _mm512_set1_ps(1.0f / 127.0f));
         const __m512i a = load64(codes + g * 128), b = load64(codes + g * 128 + 64);  // inputs 0-3, 4-7
         const auto pair = [&](__m512 even, __m512 odd) {
             return bf16_pairs(_mm512_mul_ps(step, even), _mm512_mul_ps(step, odd));
@@ -64,12 +82,12 @@ inline void group_to_bf16(const uint8_t* codes, __m512 scale, size_t g, uint8_t*
         const __m512 table = _mm512_loadu_ps(codebook(F).data());
         const __m512i v = load64(codes + g * 64);
         const auto pair = [&](__m512 even, __m512 odd) {
-            return bf16_pairs(_mm512_mul_ps(scale, even), _mm512_mul_ps(scale, odd));
+            return bf16_pairs(_mm512_mul_ps(units.scale, even), _mm512_mul_ps(units.scale, odd));
         };
-        to[0] = pair(nibble<0>(table, v), nibble<4>(table, v));
-        to[1] = pair(nibble<1>(table, v), nibble<5>(table, v));
-        to[2] = pair(nibble<2>(table, v), nibble<6>(table, v));
-        to[3] = pair(nibble<3>(table, v), nibble<7>(table, v));
+        to[0] = pair(nibble<F, 0>(table, v, units.zero), nibble<F, 4>(table, v, units.zero));
+        to[1] = pair(nibble<F, 1>(table, v, units.zero), nibble<F, 5>(table, v, units.zero));
+        to[2] = pair(nibble<F, 2>(table, v, units.zero), nibble<F, 6>(table, v, units.zero));
+        to[3] = pair(nibble<F, 3>(table, v, units.zero), nibble<F, 7>(table, v, units.zero));
     }
 }
 

@@ -1,10 +1,11 @@
 // The vector dialect: the small vocabulary that rowwise.inl and attention.inl are written in. A file defines one of the
 // three below by its flags, in an anonymous namespace, so that no two ISAs share a symbol.
 //
-//   kLanes floats a Vec; add_pairs adds the
-//   products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in its own order; load and
-//   store need = a * b + c exp is within 2 units in the last place for x <= 0 (all it is
-//   used for), and exp(-87) = 1.6e-38 below -87
+//   kLanes floats a Vec; load and store need no alignment; fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b.
+//   add_pairs adds the products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in an
+//   order of its own. exp is within 2 units in the last place for x <= 0 (all it is used for), and exp(-87) = 1.6e-38
+//   below -87. store_pair_order rounds 32 floats to bfloat16, in kPairOrder; subnormals may become zero, as which the
+//   products take them.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -52,6 +53,12 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec load_bf16(const uint16_t* p) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+inline void store_pair_order(uint16_t* to, const float* x) {
+    const __m512i words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x)));
+    static_assert(kPairOrder == std::array<uint8_t, 8>{0, 2, 4, 6, 1, 3, 5, 7});
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(order)));
 }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -158,6 +165,12 @@ inline Vec exp(Vec x) {
 }
 #else
 inline Vec exp(Vec x) { return std::exp(x); }
+#endif
+
+#if !defined(__AVX512F__)
+inline void store_pair_order(uint16_t* to, const float* x) {
+    for (size_t i = 0; i < 32; ++i) to[i] = to_bf16(x[i / 8 * 8 + kPairOrder[i % 8]]);
+}
 #endif
 
 }  // namespace

@@ -27,7 +27,8 @@ constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
 // A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
 //   k_tiles times: 64 bytes hi, 64 bytes lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
-// Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again.
+// Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again. Those of
+// uint4 are its codes, and zero * offset / 128 takes their block's zero point out.
 struct I16Row {
     static constexpr size_t tile_bytes = 128;
     static size_t bytes(size_t k_tiles) { return (k_tiles * (tile_bytes + 8) + 63) / 64 * 64; }

@@ -33,7 +33,7 @@ class Pair {
             if constexpr (F == Format::bf16) {
                 tiles[i] = panels_[i] + code_offset(F, t0, k_tiles_);  // used where they lie
             } else {
-                units_[i] = a.panel_scales[panel + i];
+                panel_scales_[i] = a.panel_scales[panel + i];
                 tiles[i] = to + i * kPairBytes / 2;
                 to_[i] = to + i * kPairBytes / 2;
             }
@@ -44,8 +44,8 @@ class Pair {
         if constexpr (F != Format::bf16)
             for (; groups > 0 && t_ < t1_; --groups) {
                 for (size_t i = 0; i < n_; ++i) {
-                    if (g_ == 0) scale_[i] = tile_scales(panels_[i] + scale_offset(F, t_), _mm512_set1_ps(units_[i]));
-                    group_to_bf16<F>(panels_[i] + code_offset(F, t_, k_tiles_), scale_[i], g_,
+                    if (g_ == 0) units_[i] = tile_units<F>(panels_[i] + scale_offset(F, t_), panel_scales_[i]);
+                    group_to_bf16<F>(panels_[i] + code_offset(F, t_, k_tiles_), units_[i], g_,
                                      to_[i] + (t_ - t0_) * 2 * kTileBytes);
                 }
                 if (++g_ == 8) g_ = 0, ++t_;
@@ -59,8 +59,8 @@ class Pair {
   private:
     const uint8_t* panels_[2] = {nullptr, nullptr};
     uint8_t* to_[2] = {nullptr, nullptr};
-    float units_[2] = {0, 0};
-    __m512 scale_[2] = {};
+    float panel_scales_[2] = {0, 0};
+    TileUnits units_[2] = {};
     size_t k_tiles_ = 0, t0_ = 0, t_ = 0, t1_ = 0, g_ = 0, n_ = 0;
 };
 

@@ -28,11 +28,13 @@ constexpr LinearKernel kRows[] = {
     i16_row<Format::int4>("linear_int4_i16_amx_emulated", 0),
     i16_row<Format::fp4>("linear_fp4_i16_amx_emulated", 0),
     i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_amx_emulated", 0.375f / 120),
+    i16_row<Format::uint4>("linear_uint4_i16_amx_emulated", 0),
     i16_row<Format::int8>("linear_int8_i16_amx_emulated", 0),
     bf16_row<Format::nf4>("linear_nf4_bf16_amx_emulated"),
     bf16_row<Format::int4>("linear_int4_bf16_amx_emulated"),
     bf16_row<Format::fp4>("linear_fp4_bf16_amx_emulated"),
     bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_amx_emulated"),
+    bf16_row<Format::uint4>("linear_uint4_bf16_amx_emulated"),
     bf16_row<Format::int8>("linear_int8_bf16_amx_emulated"),
     bf16_row<Format::bf16>("linear_bf16_bf16_amx_emulated"),
 };

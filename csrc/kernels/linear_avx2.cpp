@@ -33,6 +33,13 @@ struct Scales {
     }
 };
 
+// The zero points of 8 outputs, whose scales are at `scales`.
+template <Format F>
+__m256i zeros8(const uint8_t* scales) {
+    if constexpr (!has_zeros(F)) return _mm256_setzero_si256();
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + kTileN)));
+}
+
 // table[index], 16 entries in two registers; the low 4 bits of each lane count.
 __m256 lookup16(__m256 low, __m256 high, __m256i index) {
     const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
@@ -69,11 +76,14 @@ void decode_tile(const uint8_t* codes, const uint8_t* scales, float panel_scale,
                 }
             } else {
                 const __m256 low = _mm256_loadu_ps(codebook(F).data()), high = _mm256_loadu_ps(codebook(F).data() + 8);
+                const __m256i zero = zeros8<F>(scales + half * 8), nibble = _mm256_set1_epi32(15);
                 constexpr size_t kInput[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // of the nibbles of a lane, lowest first
                 for (size_t g = 0; g < 8; ++g) {
                     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + g * 64 + half * 32));
                     for (int i = 0; i < 8; ++i) {
-                        const __m256 w = lookup16(low, high, _mm256_srli_epi32(v, 4 * i));
+                        const __m256i code = _mm256_srli_epi32(v, 4 * i);
+                        const __m256 w = has_zeros(F) ? _mm256_cvtepi32_ps(_mm256_sub_epi32(code & nibble, zero))
+                                                      : lookup16(low, high, code);
                         _mm256_store_ps(&out.w[g * 8 + kInput[i]][half * 8], _mm256_mul_ps(scale, w));
                     }
                 }
@@ -130,6 +140,7 @@ constexpr LinearKernel kRows[] = {
     row(Format::int4, linear<Format::int4>, "linear_int4_f32_avx2"),
     row(Format::fp4, linear<Format::fp4>, "linear_fp4_f32_avx2"),
     row(Format::fp4_bnb, linear<Format::fp4_bnb>, "linear_fp4_bnb_f32_avx2"),
+    row(Format::uint4, linear<Format::uint4>, "linear_uint4_f32_avx2"),
     row(Format::int8, linear<Format::int8>, "linear_int8_f32_avx2"),
     row(Format::bf16, linear<Format::bf16>, "linear_bf16_f32_avx2"),
     row(Format::f32, linear<Format::f32>, "linear_f32_f32_avx2"),

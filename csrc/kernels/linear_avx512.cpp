@@ -1,9 +1,10 @@
 // linear, AVX-512, float32 activations: every format, for few tokens. The more exact kernel of the scaled formats.
 //
 //   lanes      the 16 outputs of a panel
-//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight vector is decoded once for all
-//   rows counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma; the scale once a tile (1,024
-//   weights) accuracy   float32 throughout
+//   registers  ROWS sums of the tile, ROWS sums of the panel, the codebook; a weight is decoded once for all rows
+//   counts     4-bit, one row: per 128 weights 1 load, 7 shifts, 8 permutes, 8 fma (uint4: 8 subtractions too);
+//              the scale once a tile (1,024 weights)
+//   accuracy   float32 throughout
 #include "kernels/decode_avx512.h"
 #include "kernels/linear_rows.h"
 
@@ -12,7 +13,8 @@ namespace {
 
 // Adds x[r][k] * w[.][k] over the 64 inputs of a tile to sums[r][chain]; chains break the fma's latency for few rows.
 template <Format F, size_t ROWS, size_t CHAINS>
-void add_tile(const uint8_t* codes, const float* x, size_t x_stride, __m512 table, __m512 (&sums)[ROWS][CHAINS]) {
+void add_tile(const uint8_t* codes, const float* x, size_t x_stride, __m512 table, __m512 zero,
+              __m512 (&sums)[ROWS][CHAINS]) {
     const auto add = [&](__m512 w, size_t k, size_t chain) {
         for (size_t r = 0; r < ROWS; ++r)
             sums[r][chain % CHAINS] = _mm512_fmadd_ps(w, _mm512_set1_ps(x[r * x_stride + k]), sums[r][chain % CHAINS]);
@@ -21,7 +23,7 @@ void add_tile(const uint8_t* codes, const float* x, size_t x_stride, __m512 tabl
         if constexpr (is_4bit(F)) {
             const __m512i v = load64(codes + g * 64);
             [&]<size_t... I>(std::index_sequence<I...>) {
-                (add(nibble<I>(table, v), g * 8 + kNibbleInput[I], I), ...);
+                (add(nibble<F, I>(table, v, zero), g * 8 + kNibbleInput[I], I), ...);
             }(std::make_index_sequence<8>{});
         } else if constexpr (F == Format::int8) {
             for (size_t half = 0; half < 2; ++half) {
@@ -61,7 +63,8 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
         __m512 sums[ROWS][kChains];
         for (size_t r = 0; r < ROWS; ++r)
             for (size_t c = 0; c < kChains; ++c) sums[r][c] = _mm512_setzero_ps();
-        add_tile<F, ROWS, kChains>(panel + code_offset(F, t, a.k_tiles), x + t * kTileK, x_stride, table, sums);
+        const __m512 zero = _mm512_cvtepi32_ps(tile_zeros<F>(panel + scale_offset(F, t)));
+        add_tile<F, ROWS, kChains>(panel + code_offset(F, t, a.k_tiles), x + t * kTileK, x_stride, table, zero, sums);
         const __m512 scale = has_scales(F) ? tile_scales(panel + scale_offset(F, t), unit) : _mm512_set1_ps(1.0f);
         for (size_t r = 0; r < ROWS; ++r) {
             __m512 sum = sums[r][0];
@@ -83,6 +86,7 @@ template void linear_f32_avx512<Format::nf4>(const LinearArgs&);
 template void linear_f32_avx512<Format::int4>(const LinearArgs&);
 template void linear_f32_avx512<Format::fp4>(const LinearArgs&);
 template void linear_f32_avx512<Format::fp4_bnb>(const LinearArgs&);
+template void linear_f32_avx512<Format::uint4>(const LinearArgs&);
 template void linear_f32_avx512<Format::int8>(const LinearArgs&);
 template void linear_f32_avx512<Format::bf16>(const LinearArgs&);
 template void linear_f32_avx512<Format::f32>(const LinearArgs&);

@@ -25,9 +25,9 @@ const uint8_t* panel_to_bf16(const uint8_t* panel, float panel_scale, size_t k_t
         return panel + code_offset(F, t0, k_tiles);
     } else {
         for (size_t t = t0; t < t1; ++t) {
-            const __m512 scale = tile_scales(panel + scale_offset(F, t), _mm512_set1_ps(panel_scale));
+            const TileUnits units = tile_units<F>(panel + scale_offset(F, t), panel_scale);
             for (size_t g = 0; g < 8; ++g)
-                group_to_bf16<F>(panel + code_offset(F, t, k_tiles), scale, g,
+                group_to_bf16<F>(panel + code_offset(F, t, k_tiles), units, g,
                                  scratch + (t - t0) * code_bytes(Format::bf16));
         }
         return scratch;
@@ -99,6 +99,7 @@ constexpr LinearKernel kRows[] = {
     i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFewScaled),
     i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFewScaled),
     i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_avx512", 0.375f / 120, kFewScaled),
+    i16_row<Format::uint4>("linear_uint4_i16_avx512", 0, kFewScaled),
     i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFewScaled),
     f32_row<Format::bf16>("linear_bf16_f32_avx512", kFewBf16),
     f32_row<Format::f32>("linear_f32_f32_avx512", SIZE_MAX),
@@ -106,6 +107,7 @@ constexpr LinearKernel kRows[] = {
     bf16_row<Format::int4>("linear_int4_bf16_avx512"),
     bf16_row<Format::fp4>("linear_fp4_bf16_avx512"),
     bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_avx512"),
+    bf16_row<Format::uint4>("linear_uint4_bf16_avx512"),
     bf16_row<Format::int8>("linear_int8_bf16_avx512"),
     bf16_row<Format::bf16>("linear_bf16_bf16_avx512"),
     // The more exact rows of the scaled formats, chosen by name.
@@ -113,6 +115,7 @@ constexpr LinearKernel kRows[] = {
     f32_row<Format::int4>("linear_int4_f32_avx512", SIZE_MAX),
     f32_row<Format::fp4>("linear_fp4_f32_avx512", SIZE_MAX),
     f32_row<Format::fp4_bnb>("linear_fp4_bnb_f32_avx512", SIZE_MAX),
+    f32_row<Format::uint4>("linear_uint4_f32_avx512", SIZE_MAX),
     f32_row<Format::int8>("linear_int8_f32_avx512", SIZE_MAX),
 };
 

@@ -2,7 +2,8 @@
 //
 //   w becomes unsigned bytes u = round(F * codebook) + 128 (F: units()), x lies as 256 hi + lo (I16Row); within a tile
 //     sum_k x w  =  scale_x * scale_w / F * (256 * dot(u, hi) + dot(u, lo) - 128 * sum(256 hi + lo))
-//   is exact in 32-bit integers: |dot(u, hi)| <= 64 * 255 * 128 = 2^21, times 256 = 2^29.
+//   is exact in 32-bit integers: |dot(u, hi)| <= 64 * 255 * 128 = 2^21, times 256 = 2^29. uint4: u is the code, and
+//   in place of 128 its block's zero point is taken out, by one more product a row and tile; |zero * sum| <= 2^28.
 //
 //   lanes      the 16 outputs of a panel; one vpdpbusd sums 4 inputs of each
 //   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes, and per row 4 dot products;
@@ -32,13 +33,17 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
         const uint8_t* const x = rows + t * I16Row::tile_bytes;
         const uint8_t* const codes = panels + code_offset(F, t, a.k_tiles);
         ahead.enter(t);
-        for (size_t i = 0; i < PANELS && t % kGroupTiles == 0; ++i) ask_near(panels + i * stride + scale_offset(F, t));
+        for (size_t i = 0; i < PANELS && t % kGroupTiles == 0; ++i)
+            for (size_t line = 0; line < kScaleLines<F>; ++line)
+                ask_near(panels + i * stride + scale_offset(F, t) + line * 64);
         __m512i hi[PANELS][ROWS], lo[PANELS][ROWS];
-        for (size_t i = 0; i < PANELS; ++i)
+        for (size_t i = 0; i < PANELS; ++i) {
+            const __m512i zeros = tile_zeros<F>(panels + i * stride + scale_offset(F, t));
             for (size_t r = 0; r < ROWS; ++r) {
                 hi[i][r] = _mm512_setzero_si512();
-                lo[i][r] = _mm512_set1_epi32(I16Row::offsets(rows + r * row_bytes, a.k_tiles)[t]);
+                lo[i][r] = sums_begin<F>(I16Row::offsets(rows + r * row_bytes, a.k_tiles)[t], zeros);
             }
+        }
         // u holds 4 inputs of each panel's 16 outputs; x's same 4 inputs are at byte `at` of its tile.
         const auto dot = [&](const __m512i(&u)[PANELS], size_t at) {
             for (size_t r = 0; r < ROWS; ++r) {
@@ -99,6 +104,7 @@ template void linear_i16_avx512<Format::nf4>(const LinearArgs&);
 template void linear_i16_avx512<Format::int4>(const LinearArgs&);
 template void linear_i16_avx512<Format::fp4>(const LinearArgs&);
 template void linear_i16_avx512<Format::fp4_bnb>(const LinearArgs&);
+template void linear_i16_avx512<Format::uint4>(const LinearArgs&);
 template void linear_i16_avx512<Format::int8>(const LinearArgs&);
 
 }  // namespace fourfold

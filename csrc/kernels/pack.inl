@@ -171,6 +171,36 @@ struct BlockSums {
     F error{}, reference{};
 };
 
+// The scale bytes tried for blocks whose scale would be `ideal`, and the scales under the panel's, g.
+struct TriedScales {
+    float scales[kCandidates][W];
+    int32_t bytes[kCandidates][W];
+    bool is_tiny = false;  // one of the scales is below kLeastScale
+    TriedScales(F ideal, float g) {
+        float ratios[W];
+        Lanes::store(ratios, ideal / Lanes::splat(g));
+        for (size_t n = 0; n < W; ++n)
+            for (int i = 0; i < kCandidates; ++i) {
+                const int byte = e4m3_byte(ratios[n]) - 2 + i;
+                bytes[i][n] = byte < 1 ? 1 : byte > 126 ? 126 : byte;
+                scales[i][n] = g * e4m3(static_cast<uint8_t>(bytes[i][n]));
+                is_tiny |= !(scales[i][n] >= kLeastScale);
+            }
+    }
+};
+
+// Stores a tile's codes of W outputs, code_at(k), k ascending: a 32-bit lane holds those of 8 inputs, byte k % 4, the
+// high nibbles from the fifth on; or of 4 in int8.
+template <size_t PER_LANE, class CodeAt>
+void store_codes(uint8_t* codes, CodeAt&& code_at) {
+    for (size_t k0 = 0; k0 < kTileK; k0 += PER_LANE) {
+        I lanes{};
+        for (size_t k = 0; k < PER_LANE; ++k)
+            lanes = lanes | code_at(k0 + k) << static_cast<int>(k % 4 * 8 + k / 4 * 4);
+        Lanes::store(reinterpret_cast<int32_t*>(codes + k0 / PER_LANE * 64), lanes);
+    }
+}
+
 // W outputs of one tile; `columns`, `scales` and `codes` begin at the first of them. g is the panel's scale.
 template <Format format>
 BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, uint8_t* scales, uint8_t* codes) {
@@ -181,24 +211,13 @@ BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, 
         squares += w * w;
     }
 
-    float ratios[W], tried_scales[kCandidates][W];
-    int32_t tried_bytes[kCandidates][W];
-    [[maybe_unused]] bool is_tiny = false;
-    Lanes::store(ratios, largest / Lanes::splat(g));
-    for (size_t n = 0; n < W; ++n)
-        for (int i = 0; i < kCandidates; ++i) {
-            const int byte = e4m3_byte(ratios[n]) - 2 + i;
-            tried_bytes[i][n] = byte < 1 ? 1 : byte > 126 ? 126 : byte;
-            tried_scales[i][n] = g * e4m3(static_cast<uint8_t>(tried_bytes[i][n]));
-            is_tiny |= !(tried_scales[i][n] >= kLeastScale);
-        }
-
-    F error = Lanes::splat(__builtin_inff()), scale = Lanes::load(tried_scales[0]), sign = Lanes::splat(1.0f);
-    I byte = Lanes::load(tried_bytes[0]);
+    const TriedScales tried(largest, g);
+    F error = Lanes::splat(__builtin_inff()), scale = Lanes::load(tried.scales[0]), sign = Lanes::splat(1.0f);
+    I byte = Lanes::load(tried.bytes[0]);
     const auto try_each = [&](const auto& coder) {
         for (int candidate = 0; candidate < (Coder<format>::kMirrors ? 2 : 1) * kCandidates; ++candidate) {
             const bool is_mirrored = candidate >= kCandidates;
-            const F s = Lanes::load(tried_scales[candidate % kCandidates]);
+            const F s = Lanes::load(tried.scales[candidate % kCandidates]);
             const F side = Lanes::splat(is_mirrored ? -1.0f : 1.0f);
             const auto block = coder.block(s);
             F e{};
@@ -211,12 +230,12 @@ BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, 
             error = is_better ? e : error;
             scale = is_better ? s : scale;
             sign = is_better ? side : sign;
-            byte = is_better ? Lanes::load(tried_bytes[candidate % kCandidates]) + (is_mirrored ? kMirrored : 0) : byte;
+            byte = is_better ? Lanes::load(tried.bytes[candidate % kCandidates]) + (is_mirrored ? kMirrored : 0) : byte;
         }
     };
     // Two midpoints of fp4_bnb, on either side of 0, share a bucket.
     if constexpr (is_4bit(format) && format != Format::fp4_bnb && Lanes::kHasTable32)
-        is_tiny ? try_each(coder) : try_each(Bucketer<format, Lanes>());
+        tried.is_tiny ? try_each(coder) : try_each(Bucketer<format, Lanes>());
     else
         try_each(coder);
 
@@ -225,19 +244,15 @@ BlockSums pack_block(const Coder<format>& coder, const float* columns, float g, 
     Lanes::store(bytes, is_zero ? I{} : byte);
     for (size_t n = 0; n < W; ++n) scales[n] = static_cast<uint8_t>(bytes[n]);
 
-    // A 32-bit lane holds the codes of 8 inputs, byte k % 4, the high nibbles from the fifth on; or of 4 in int8.
-    constexpr size_t per_lane = is_4bit(format) ? 8 : 4;
     const auto block = coder.block(scale);
-    for (size_t k0 = 0; k0 < kTileK; k0 += per_lane) {
-        I lanes{};
-        for (size_t k = 0; k < per_lane; ++k) {
-            const I code = coder.stored(coder.code(block, Lanes::load(columns + (k0 + k) * kTileN) * sign));
-            lanes = lanes | (is_zero ? I{} + Coder<format>::kZero : code) << static_cast<int>(k % 4 * 8 + k / 4 * 4);
-        }
-        Lanes::store(reinterpret_cast<int32_t*>(codes + k0 / per_lane * 64), lanes);
-    }
+    store_codes<is_4bit(format) ? 8 : 4>(codes, [&](size_t k) {
+        const I code = coder.stored(coder.code(block, Lanes::load(columns + k * kTileN) * sign));
+        return is_zero ? I{} + Coder<format>::kZero : code;
+    });
     return {is_zero ? F{} : error, squares};
 }
+
+#include "kernels/pack_uint4.inl"
 
 BlockSums pack_block_bf16(const float* columns, uint8_t* codes) {
     BlockSums sums;
@@ -307,6 +322,14 @@ PackSums pack_scaled(const float* columns, size_t k_tiles, uint8_t* panel, float
     });
 }
 
+PackSums pack_uint4(const float* columns, size_t k_tiles, uint8_t* panel, float* panel_scale) {
+    const float g = *panel_scale = uint4_panel_scale(columns, k_tiles);
+    return each_block(k_tiles, [&](size_t t, size_t n) {
+        return pack_uint4_block(columns + t * kTileK * kTileN + n, g, panel + scale_offset(Format::uint4, t) + n,
+                                panel + code_offset(Format::uint4, t, k_tiles) + n * 4);
+    });
+}
+
 PackSums pack_panel(Format format, const float* columns, size_t k_tiles, uint8_t* panel, float* panel_scale) {
     switch (format) {
         case Format::nf4:
@@ -317,6 +340,8 @@ PackSums pack_panel(Format format, const float* columns, size_t k_tiles, uint8_t
             return pack_scaled<Format::fp4>(columns, k_tiles, panel, panel_scale);
         case Format::fp4_bnb:
             return pack_scaled<Format::fp4_bnb>(columns, k_tiles, panel, panel_scale);
+        case Format::uint4:
+            return pack_uint4(columns, k_tiles, panel, panel_scale);
         case Format::int8:
             return pack_scaled<Format::int8>(columns, k_tiles, panel, panel_scale);
         case Format::bf16:

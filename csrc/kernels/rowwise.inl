@@ -79,14 +79,16 @@ void add_parts(const float* base, const float* const* parts, size_t n_parts, con
     }
 }
 
-// Up to 64 values of a row as a whole tile: zero beyond K.
-inline void take_tile(const float* row, size_t t, size_t k, float (&tile)[kTileK]) {
-    const size_t begin = t * kTileK, count = begin >= k ? 0 : k - begin < kTileK ? k - begin : kTileK;
-    std::memcpy(tile, row + begin, count * sizeof(float));
-    std::memset(tile + count, 0, (kTileK - count) * sizeof(float));
+// Tile t of a row of k values, in the row itself where it is whole, else in `padded`: zero beyond k.
+inline const float* take_tile(const float* row, size_t t, size_t k, float (&padded)[kTileK]) {
+    const size_t begin = t * kTileK, count = begin >= k ? 0 : k - begin;
+    if (count >= kTileK) return row + begin;
+    std::memcpy(padded, row + begin, count * sizeof(float));
+    std::memset(padded + count, 0, (kTileK - count) * sizeof(float));
+    return padded;
 }
 
-inline void pack_i16(const float (&x)[kTileK], uint8_t* codes, float* scale, int32_t* offset) {
+inline void pack_i16(const float* x, uint8_t* codes, float* scale, int32_t* offset) {
     Vec biggest = zero(), poison = zero();  // poison: 0, or NaN where x holds NaN or infinity
     for (size_t i = 0; i < kTileK; i += kLanes) {
         const Vec v = load(x + i);
@@ -117,23 +119,17 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
           size_t t0, size_t t1, uint8_t* out) {
     for (size_t row = m0; row < m1; ++row)
         for (size_t t = t0; t < t1; ++t) {
-            alignas(64) float tile[kTileK];
+            alignas(64) float padded[kTileK];
+            const float* tile = row < m ? take_tile(x + row * x_stride, t, k, padded) : nullptr;
             if (a == Activation::bf16) {
-                uint8_t* band = out + row / 16 * (k_tiles * 2048);
-                uint16_t rounded[kTileK] = {};
-                if (row < m) {
-                    take_tile(x + row * x_stride, t, k, tile);
-                    for (size_t i = 0; i < kTileK; ++i) rounded[i] = to_bf16(tile[i]);
-                }
-                for (size_t half = 0; half < 2; ++half) {
-                    auto* to = reinterpret_cast<uint16_t*>(band + (t * 2 + half) * 1024 + row % 16 * 64);
-                    for (size_t i = 0; i < 32; ++i) to[i] = rounded[half * 32 + i / 8 * 8 + kPairOrder[i % 8]];
-                }
-                continue;
-            }
-            take_tile(x + row * x_stride, t, k, tile);
-            if (a == Activation::f32) {
-                std::memcpy(out + (row * k_tiles + t) * sizeof tile, tile, sizeof tile);
+                uint8_t* to = out + row / 16 * (k_tiles * 2048) + t * 2048 + row % 16 * 64;
+                for (size_t half = 0; half < 2; ++half, to += 1024)
+                    if (tile)
+                        store_pair_order(reinterpret_cast<uint16_t*>(to), tile + half * 32);
+                    else
+                        std::memset(to, 0, 64);
+            } else if (a == Activation::f32) {
+                std::memcpy(out + (row * k_tiles + t) * sizeof padded, tile, sizeof padded);
             } else {
                 uint8_t* packed = out + row * I16Row::bytes(k_tiles);
                 pack_i16(tile, packed + t * I16Row::tile_bytes, const_cast<float*>(I16Row::scales(packed, k_tiles)) + t,
@@ -147,11 +143,12 @@ void unpack_row(Format f, const uint8_t* panels, const float* panel_scales, size
     const size_t lane = n % kTileN;
     for (size_t t = 0; t < k_tiles; ++t) {
         const uint8_t* codes = panel + code_offset(f, t, k_tiles);
-        const float scale = has_scales(f) ? panel_scales[n / kTileN] * e4m3(panel[scale_offset(f, t) + lane]) : 1.0f;
+        const uint8_t* at = panel + scale_offset(f, t) + lane;
+        const float scale = has_scales(f) ? panel_scales[n / kTileN] * e4m3(*at) : 1.0f, zero = zero_point(f, at);
         for (size_t k = 0; k < kTileK; ++k, ++out) {
             if (is_4bit(f)) {
                 const uint8_t byte = codes[nibble_byte(lane, k)];
-                *out = scale * codebook(f)[nibble_is_high(k) ? byte >> 4 : byte & 15];
+                *out = scale * (codebook(f)[nibble_is_high(k) ? byte >> 4 : byte & 15] - zero);
             } else if (f == Format::int8) {
                 *out = scale * (static_cast<float>(static_cast<int8_t>(codes[int8_byte(lane, k)])) / 127.0f);
             } else if (f == Format::bf16) {

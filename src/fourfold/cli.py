@@ -281,14 +281,20 @@ def _directory(model: str, format: str | None) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console entry point: runs a command and exits with its status."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for the whole of the process)
+    run_as("fourfold", app, arguments)
+
+
+def run_as(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs a program of this name and exits with its status: 2 for a user's mistake and 1 for a failure, both with one
+    sentence on stderr, 130 for an interrupt."""
+    for standard, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, standard) is None:  # closed by whoever started us
+            setattr(sys, standard, open(os.devnull, mode))  # noqa: SIM115  (for the whole of the process)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     try:
-        status = app(args=None if arguments is None else list(arguments), prog_name="fourfold", standalone_mode=False)
+        status = app(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
@@ -300,15 +306,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             import traceback
 
             traceback.print_exc()
-        sentence, status = explain(error)
-        print(f"fourfold: {' '.join(sentence.split())}", file=sys.stderr)
+        sentence, status = _explain(error, name)
+        print(f"{name}: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(status or 0)
 
 
-def explain(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception, program: str) -> tuple[str, int]:
     """An error as one sentence and an exit status."""
     if hasattr(error, "format_message"):  # the command line itself is wrong
-        return f"{error.format_message()} (`fourfold --help` lists what there is)", 2
+        return f"{error.format_message()} (`{program} --help` lists what there is)", 2
     if isinstance(error, UserError):
         return str(error), 2
     if isinstance(error, FourfoldError):

@@ -18,7 +18,7 @@ Model = Annotated[str, typer.Argument(help="A fourfold, Hugging Face or Megatron
 Format = Annotated[
     str | None,
     typer.Option(
-        help="nf4, int4, fp4, fp4_bnb, int8, bf16 or f32; default nf4, or what keeps a quantized checkpoint's codes.",
+        help="nf4, int4, fp4, fp4_bnb, uint4, int8, bf16 or f32; default nf4, or what keeps a quantized file's codes.",
         show_default=False,
     ),
 ]

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FORMATS = ("nf4", "int4", "fp4", "fp4_bnb", "int8", "bf16", "f32")
+FORMATS = ("nf4", "int4", "fp4", "fp4_bnb", "uint4", "int8", "bf16", "f32")
 KV_FORMATS = ("bf16", "int8", "f32")
 
-WeightFormat = Literal["nf4", "int4", "fp4", "fp4_bnb", "int8", "bf16", "f32"]
+WeightFormat = Literal["nf4", "int4", "fp4", "fp4_bnb", "uint4", "int8", "bf16", "f32"]
 KVFormat = Literal["bf16", "int8", "f32"]
 RopeAngles = Literal["f32", "bf16"]
 Gate = Literal["silu", "gelu_tanh"]  # what a feed-forward's gate goes through

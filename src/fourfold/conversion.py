@@ -279,8 +279,10 @@ class _Packer:
         scales = np.empty(p, np.float32) if fmt in SCALED else None
         try:
             if rows.dtype.names:
-                codes, of_blocks = (np.ascontiguousarray(rows[name]) for name in ("codes", "scales"))
-                error, reference = _core.place(codes, of_blocks, fmt, panels, scales)
+                assert scales is not None  # codes are kept in formats with scales
+                parts = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+                codes, of_blocks, zeros = parts["codes"], parts["scales"], parts.get("zeros")
+                error, reference = _core.place(codes, of_blocks, fmt, panels, scales, zeros)
             else:
                 numbers = rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
                 error, reference = _core.pack(numbers, fmt, panels, scales, isa=self._isa)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from fourfold.checkpoint.coded import Coded, CodedTensor
 from fourfold.config import WeightFormat
 from fourfold.errors import UnsupportedError
-from fourfold.format import stored_bytes
 
 if TYPE_CHECKING:
     from fourfold.checkpoint import Source
@@ -108,13 +107,6 @@ def _notes(
         n_others = len(matrices) - len(kept)
         others = f"; {'1 other is' if n_others == 1 else f'{n_others} others are'} {' and '.join(rest)}" if rest else ""
         notes.append(f"the {origin} codes of {len(kept)} matrices are kept, as {' and '.join(formats)}{others}")
-    if widened := [spec for spec in matrices if spec.name in kept and of[spec.name] == "int8" and origin]:
-        shapes = [(spec.shape[0], spec.shape[1]) for spec in widened]
-        bits = 8 * sum(stored_bytes("int8", shape) for shape in shapes) / sum(n * k for n, k in shapes)
-        notes.append(
-            f"{_some([spec.name for spec in widened])} have zero points that int4 cannot hold, so their codes are kept"
-            f" in int8: {bits:.2f} bits a weight; --format nf4 makes them 4.13, quantized anew"
-        )
     if anew:
         notes.append(
             f"the {origin} codes of {_some(anew)} are not kept: dequantized, and quantized anew as {of[anew[0]]}"

@@ -80,8 +80,8 @@ class LLM:
 
         A source that is not in a fourfold format yet is converted once and kept, with a progress bar on a terminal.
 
-        - `format`: nf4 (default), int4, fp4, fp4_bnb, int8, bf16 or f32. A fourfold directory has its own; a quantized
-          checkpoint's codes are kept if it is left out.
+        - `format`: nf4 (default), int4, fp4, fp4_bnb, uint4, int8, bf16 or f32. A fourfold directory has its own; a
+          quantized checkpoint's codes are kept if it is left out.
         - `ranks`: slices of the model, one to a NUMA node by default. `threads`: of all ranks together.
         - `context`: positions to make room for; by default the model's own, at most 8192.
         - `kv`: bf16 (default), int8 or f32 (default of the f32 format). `rope_angles`: f32 or bf16, as in training.

@@ -5,6 +5,7 @@ Arrays are numpy's, or any CPU array that speaks DLPack (PyTorch, JAX, TensorFlo
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast, get_args
@@ -135,7 +136,7 @@ def as_array(array: Any) -> NDArray[Any]:
         found = array
     elif hasattr(array, "__dlpack__"):
         try:
-            found = _core.view(array)
+            found = cast(NDArray[Any], _core.view(array))
         except (TypeError, ValueError, RuntimeError, BufferError) as error:
             raise UserError(
                 f"{type(array).__name__} cannot be read as a CPU array of floating-point numbers ({error}); detach it, "
@@ -161,8 +162,6 @@ def check_format(format: str) -> WeightFormat:
 
 def huge_empty(shape: tuple[int, int]) -> NDArray[np.uint8]:
     """An uninitialized array for weights: in huge pages where the system gives them, which are read faster."""
-    import mmap
-
     size, huge = shape[0] * shape[1], 2 << 20
     if size < 2 * huge:
         return np.empty(shape, np.uint8)

@@ -30,7 +30,7 @@ from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import ModelConfig, WeightFormat
 from fourfold.conversion import checked_format, checked_threads
 from fourfold.errors import UserError
-from fourfold.format import CODE_BYTES, GROUP_TILES, SCALED, TILE_K, TILE_N, n_panels, panel_bytes
+from fourfold.format import CODE_BYTES, GROUP_TILES, SCALE_BYTES, SCALED, TILE_K, TILE_N, n_panels, panel_bytes
 from fourfold.machine import choose_isa
 from fourfold.models import WeightSpec
 
@@ -189,4 +189,4 @@ class _Pools:
         one_panel = POOL_GROUPS * GROUP_TILES * TILE_K  # so that all groups have one panel scale
         panels, scales = _pack(_rng(seed, 0, k), TILE_N, one_panel, k, fmt)
         scale = 1.0 if scales is None else float(scales[0])
-        return _Pool(panels.reshape(POOL_GROUPS, -1), scale, TILE_N if fmt in SCALED else 0, CODE_BYTES[fmt])
+        return _Pool(panels.reshape(POOL_GROUPS, -1), scale, SCALE_BYTES[fmt], CODE_BYTES[fmt])

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from fourbit_writers import awq_config, compressed_config, gptq_config  # noqa: E402
 from fourfold.checkpoint import open_source  # noqa: E402
 from fourfold.checkpoint.coded import CodedTensor  # noqa: E402
+from fourfold.format import CODEBOOKS  # noqa: E402
 from fourfold.llm import LLM  # noqa: E402
 from test_fourbit_models import off_by_half_a_step, rms  # noqa: E402
 
@@ -65,18 +66,35 @@ def logits(path: Path, weights: Weights) -> NDArray[np.float32]:
     return found
 
 
-def agrees(path: Path, plain: Path, theirs: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are theirs to the bit; logits as near as scales of 8 bits allow: see `off_by_half_a_step`."""
+def agrees(path: Path, plain: Path, theirs: Weights, fmt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are theirs to the bit, and so are codes in `fmt`; logits as near as scales of 8 bits allow.
+
+    See `off_by_half_a_step`.
+    """
     with open_source(path) as source:
         coded = {name for name, tensor in source.tensors.items() if isinstance(tensor, CodedTensor)}
         assert coded == theirs.keys()
         for name, weight in theirs.items():
-            np.testing.assert_array_equal(source.tensors[name].rows(0, len(weight)), weight, err_msg=name)
+            tensor = source.tensors[name]
+            np.testing.assert_array_equal(tensor.rows(0, len(weight)), weight, err_msg=name)
+            assert isinstance(tensor, CodedTensor)
+            assert tensor.formats[0] == fmt
+            np.testing.assert_allclose(values(tensor, fmt), weight, rtol=3e-7, atol=0, err_msg=name)
     exact = logits(plain, theirs)
     limit = max(rms(logits(plain, as_float32(weights)) - exact) for weights in off_by_half_a_step(theirs))
     monkeypatch.setenv("FOURFOLD_CACHE", str(path.parent / "cache"))
     with LLM(path) as llm:
         assert 0 < rms(llm.logits(IDS, step=True) - exact) <= limit
+
+
+def values(tensor: CodedTensor, fmt: Any) -> NDArray[np.float64]:
+    """What the codes that are kept stand for, scales not yet rounded."""
+    blocks = tensor.blocks(fmt, 0, tensor.shape[0])
+    points = CODEBOOKS[fmt].astype(np.float64)[blocks["codes"]]
+    if fmt == "uint4":
+        points -= np.repeat(blocks["zeros"], 64, axis=1)
+    found: NDArray[np.float64] = points * np.repeat(blocks["scales"], 64, axis=1)
+    return found
 
 
 def as_float32(weights: dict[str, NDArray[Any]]) -> Weights:
@@ -101,7 +119,7 @@ def test_bitsandbytes(kind: str, nested: bool, plain: Path, tmp_path: Path, monk
             state.dtype = torch.float32  # not rounded to what the model computes in
             theirs[name] = functional.dequantize_4bit(parameter.data, state).numpy()
     assert len(theirs) == 14
-    agrees(path, plain, theirs, monkeypatch)
+    agrees(path, plain, theirs, "nf4" if kind == "nf4" else "fp4_bnb", monkeypatch)
 
 
 # ---- the others: each projection of the plain model quantized by the library's own layer
@@ -125,18 +143,25 @@ def rewritten(
 
 
 def scales_and_zeros(weight: Any, group: int, symmetric: bool) -> tuple[Any, Any]:
-    """Round to nearest: float32 scales, representable in float16, and whole zero points from 0 to 15, (N, K/G) each."""
+    """Round to nearest: float32 scales, representable in float16, and whole zero points from 0 to 15, (N, K/G) each.
+
+    An asymmetric matrix has both of the outermost: blocks that are all negative, or all positive.
+    """
     grouped = weight.reshape(len(weight), -1, group)
     if symmetric:
         scales = grouped.abs().amax(2) / 7.5
         zeros = torch.full_like(scales, 8)
     else:
+        grouped[:9] = grouped[:9].abs()
+        grouped[9:20] = -grouped[9:20].abs()
         scales = (grouped.amax(2) - grouped.amin(2)) / 15
-        zeros = (-grouped.amin(2) / scales).round().clamp(1, 15)
+        zeros = (-grouped.amin(2) / scales).round().clamp(0, 15)
+        assert zeros.min() == 0
+        assert zeros.max() == 15
     return scales.half().float(), zeros
 
 
-@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (64, True), (64, False), (None, True)])
+@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (64, True), (64, False), (None, True), (None, False)])
 def test_compressed_tensors(
     group: int | None, symmetric: bool, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +184,7 @@ def test_compressed_tensors(
     config = compressed_config(group or 128, symmetric)
     config["config_groups"] = {"group_0": scheme.model_dump(mode="json")}
     path = tmp_path / "quantized"
-    agrees(path, plain, rewritten(plain, path, config, quantize), monkeypatch)
+    agrees(path, plain, rewritten(plain, path, config, quantize), "int4" if symmetric else "uint4", monkeypatch)
 
 
 def gptqmodel(module: str) -> Any:
@@ -179,7 +204,7 @@ def packed(layer: Any, weight: Any, group: int, symmetric: bool) -> Any:
     return quantized
 
 
-@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (64, True), (64, False)])
+@pytest.mark.parametrize(("group", "symmetric"), [(128, True), (64, True), (64, False), (128, False)])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.filterwarnings("ignore")
 def test_gptq(
@@ -199,7 +224,7 @@ def test_gptq(
 
     path = tmp_path / "quantized"
     config = gptq_config(group, symmetric, version)
-    agrees(path, plain, rewritten(plain, path, config, quantize), monkeypatch)
+    agrees(path, plain, rewritten(plain, path, config, quantize), "int4" if symmetric else "uint4", monkeypatch)
 
 
 @pytest.mark.parametrize("group", [128, 64])
@@ -215,4 +240,4 @@ def test_awq(group: int, plain: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         }, dequantized
 
     path = tmp_path / "quantized"
-    agrees(path, plain, rewritten(plain, path, awq_config(group), quantize), monkeypatch)
+    agrees(path, plain, rewritten(plain, path, awq_config(group), quantize), "uint4", monkeypatch)

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fourfold._core as _core
 import numpy as np
 import pytest
 from keras_llama import llama_of
 from keras_models import Subclassed, dense, keras, layers, numbers, small_model, tf
 
+import fourfold._core as _core
 from fourfold.errors import UserError
 from fourfold.tensorflow import quantize
 from fourfold.tensorflow.layers import as_bytes

@@ -69,7 +69,7 @@ class CodebookTensor(CodedTensor):
     def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
         assert fmt in self.formats
         k = self.shape[1]
-        rows = np.empty(stop - start, block_type(k))
+        rows = np.empty(stop - start, block_type(fmt, k))
         rows["codes"] = self.read_codes(start * k, stop * k).reshape(stop - start, k)
         scales = self.read_scales(start * k // self.run, stop * k // self.run)
         rows["scales"] = np.repeat(scales, self.run // TILE_K).reshape(stop - start, k // TILE_K)

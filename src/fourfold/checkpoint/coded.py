@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 from fourfold.checkpoint.source import MappedTensor
 from fourfold.config import WeightFormat
 from fourfold.errors import CheckpointError
-from fourfold.format import TILE_K
+from fourfold.format import TILE_K, ZEROED
 
 
-def block_type(k: int) -> np.dtype[Any]:
-    """A row as codes and scales: `codes` uint8 (K,), as format.CODEBOOKS numbers them, `scales` float32 (K / 64,)."""
-    return np.dtype([("codes", np.uint8, (k,)), ("scales", np.float32, (k // TILE_K,))])
+def block_type(fmt: WeightFormat, k: int) -> np.dtype[Any]:
+    """A row as codes and scales: `codes` uint8 (K,), as format.CODEBOOKS numbers them, `scales` float32 (K / 64,).
+
+    In a format with zero points, `zeros` int8 (K / 64,).
+    """
+    zeros = [("zeros", np.int8, (k // TILE_K,))] if fmt in ZEROED else []
+    return np.dtype([("codes", np.uint8, (k,)), ("scales", np.float32, (k // TILE_K,)), *zeros])
 
 
 class CodedTensor(ABC):
@@ -46,7 +50,7 @@ class CodedTensor(ABC):
 
     @abstractmethod
     def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) for one of `formats`, as `block_type(K)`, shape (stop - start,)."""
+        """Rows [start, stop) for one of `formats`, as `block_type(fmt, K)`, shape (stop - start,)."""
 
 
 @dataclass(frozen=True)

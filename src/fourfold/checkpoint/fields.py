@@ -100,6 +100,14 @@ class Fields:
             raise self._wrong(key, value, "a string")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """Strings: one, several, or none where the key is absent."""
+        value = self._take(key, [])
+        value = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, value, "a string or a list of them")
+        return value
+
     def many(self, key: str, kind: type[T]) -> list[T]:
         """A list of values of one type."""
         value = self._take(key, None)

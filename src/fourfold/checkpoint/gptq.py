@@ -2,7 +2,9 @@
 
 A matrix (N, K) in groups of G inputs is `qweight` int32 (K/8, N), 8 inputs a word; `scales` float (K/G, N); `qzeros`
 int32 (K/G, N/8), 8 outputs a word; and `g_idx` int32 (K,), the group of each input. Words hold their first code lowest.
-Zero points are stored less one, except in `gptq_v2`.
+Zero points are stored less one, except in `gptq_v2`. GPTQModel takes the ones from whole words and adds them to whole
+words, so that a zero point of 0 is stored as 15 and borrows from its neighbour. Other programs write a 15 for 0 without
+borrowing, over its neighbours even, and read it as 16 or as 0: one that GPTQModel has not written is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from fourfold.checkpoint.fields import Fields
 from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, nibbles
 from fourfold.errors import CheckpointError, UnsupportedError
 
+EIGHT_ONES = 0x11111111  # 1 as each zero point of a word
 _HARMLESS = """
-    sym damp_percent damp_auto_increment static_groups true_sequential act_group_aware mse lm_head meta dataset
+    sym damp_percent damp_auto_increment static_groups true_sequential act_group_aware mse lm_head dataset
     tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize
     module_name_preceding_first_block batch_size pad_token_id max_input_length cache_block_outputs
     modules_in_block_to_quantize use_exllama disable_exllama exllama_config use_cuda_fp16 backend desc_act
@@ -32,13 +35,16 @@ def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
         f.only(key, "gptq", "gptq_v2")
     f.only("method", "gptq")
     f.only("dynamic", {})
-    stored_less = 0 if "gptq_v2" in (f.text("checkpoint_format", "gptq"), f.text("format", "gptq")) else 1
+    is_less_one = "gptq_v2" not in (f.text("checkpoint_format", "gptq"), f.text("format", "gptq"))
+    borrows = any(name.startswith("gptqmodel") for name in f.fields("meta").texts("quantizer"))
     group = None if f.equals("group_size", -1) else f.size("group_size")
     f.finish(_HARMLESS.split())
-    return {f"{module}.weight": _matrix(module, group, stored_less, parts) for module in parts.modules(".qweight")}
+    return {
+        f"{module}.weight": _matrix(module, group, is_less_one, borrows, parts) for module in parts.modules(".qweight")
+    }
 
 
-def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> CodedTensor:
+def _matrix(module: str, group: int | None, is_less_one: bool, borrows: bool, parts: Parts) -> CodedTensor:
     words = parts.take(f"{module}.qweight", ("int32",))
     if len(words.shape) != 2 or min(words.shape) < 1 or words.shape[1] % 8:
         raise CheckpointError(
@@ -61,12 +67,14 @@ def _matrix(module: str, group: int | None, stored_less: int, parts: Parts) -> C
 
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
         first, last = start // 8, -(-stop // 8)
-        stored = nibbles(zero_words.rows(0, k // group)[:, first:last])[:, start - 8 * first : stop - 8 * first]
-        if stored_less and (stored == 15).any():  # readers differ on what it means
+        stored = zero_words.rows(0, k // group)[:, first:last].view(np.uint32)
+        if is_less_one and not borrows and (nibbles(stored) == 15).any():
             raise UnsupportedError(
-                f"{parts.where}: {module}.qzeros holds the zero point 16, which is not one of 4 bits"
+                f"{parts.where}: {module}.qzeros holds a 15, which some programs take for the zero point 16 and some"
+                " for 0; use a checkpoint saved as gptq_v2, where zero points are stored as they are"
             )
-        return (stored.T + np.uint8(stored_less)).view(np.int8)
+        whole = stored + np.uint32(EIGHT_ONES if is_less_one else 0)
+        return nibbles(whole)[:, start - 8 * first : stop - 8 * first].T.view(np.int8)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)

@@ -20,11 +20,11 @@ from fourfold.errors import CheckpointError, UnsupportedError
 
 _HARMLESS = {
     "how it was made, saved and loaded": """
-        _name_or_path _from_model_config _commit_hash _attn_implementation _attn_implementation_autoset
-        _flash_attn_2_enabled attn_implementation auto_map torch_dtype dtype transformers_version transformers.js_config
-        is_llama_config unsloth_version unsloth_fixed model_max_length keys_to_ignore_at_inference torchscript
-        use_bfloat16 use_cache output_attentions output_hidden_states return_dict return_dict_in_generate
-        output_scores is_decoder""",
+        _name_or_path _model_name_or_path _from_model_config _commit_hash _attn_implementation
+        _attn_implementation_autoset _flash_attn_2_enabled attn_implementation auto_map torch_dtype dtype
+        transformers_version transformers.js_config is_llama_config unsloth_version unsloth_fixed model_max_length
+        keys_to_ignore_at_inference torchscript use_bfloat16 use_cache output_attentions output_hidden_states
+        return_dict return_dict_in_generate output_scores is_decoder""",
     "training": """
         initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout resid_pdrop embd_pdrop dropout
         attn_dropout attention_probs_dropout_prob hidden_dropout_prob gradient_checkpointing use_loss_mask

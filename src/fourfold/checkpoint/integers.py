@@ -47,7 +47,7 @@ class IntegerTensor(CodedTensor):
     def formats(self) -> tuple[WeightFormat, ...]:
         if self.group % TILE_K:
             return ()
-        return ("int4", "int8") if self._fits_int4() else ("int8",)
+        return ("int4", "uint4", "int8") if self._fits_int4() else ("uint4", "int8")
 
     @property
     def fault(self) -> str | None:
@@ -55,9 +55,14 @@ class IntegerTensor(CodedTensor):
 
     def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
         assert fmt in self.formats
-        integers = self._integers(start, stop)
         scales = np.repeat(self.read_scales(start, stop), self.group // TILE_K, axis=1)
-        rows = np.empty(stop - start, block_type(self.shape[1]))
+        rows = np.empty(stop - start, block_type(fmt, self.shape[1]))
+        if fmt == "uint4":
+            rows["codes"] = self.read_codes(start, stop)
+            rows["scales"] = scales
+            rows["zeros"] = np.repeat(self.read_zeros(start, stop), self.group // TILE_K, axis=1)
+            return rows
+        integers = self._integers(start, stop)
         if fmt == "int8":
             rows["codes"] = integers.view(np.uint8)
             rows["scales"] = scales * np.float32(INT8_STEPS)

@@ -60,40 +60,21 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Rows [begin, begin + count) of a tensor that holds several matrices one below another."""
+class Slice(Tensor):
+    """Rows [begin, begin + count) of a tensor of several matrices one below another; `shape` is the tensor's."""
 
-    name: str
-    shape: tuple[int, ...]  # of the tensor
     begin: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def source_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.name: self.shape}
-
     def read(self, tensors: Tensors, start: int, stop: int) -> NDArray[np.generic]:
-        return tensors[self.name].rows(self.begin + start, self.begin + stop)
+        return super().read(tensors, self.begin + start, self.begin + stop)
 
 
 @dataclass(frozen=True)
-class PlusOne:
+class PlusOne(Tensor):
     """A vector that the checkpoint keeps as its difference from 1; float32."""
 
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def source_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.name: self.shape}
-
     def read(self, tensors: Tensors, start: int, stop: int) -> NDArray[np.generic]:
-        return tensors[self.name].rows(start, stop).astype(np.float32) + np.float32(1)
+        return super().read(tensors, start, stop).astype(np.float32) + np.float32(1)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _lend_threads() -> bool:
         functions = [getattr(library, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
     except AttributeError:
         return False
-    _core.lend_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    _core.lend_openmp(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
     return True
 
 

@@ -18,7 +18,7 @@ METHOD = "fourfold"
 class FourfoldConfig(QuantizationConfigMixin):
     """Quantize the matrices of a model to a weight format of fourfold.
 
-    - `format`: nf4 (default), int4, fp4, int8, bf16, f32: any that docs/format.md describes.
+    - `format`: nf4 (default), int4, fp4, uint4, int8, bf16, f32: any that docs/format.md describes.
     - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
       beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
       methods do. A list takes the place of that: with [] the head is quantized like everything else.

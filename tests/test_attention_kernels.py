@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import fourfold._core as _core
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+import fourfold._core as _core
 
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in _core.attend_kernels()}
 ISAS = _core.read_machine().isas()

@@ -125,3 +125,4 @@ def test_formats_lose_what_their_bits_allow(stories: Stories) -> None:
     assert lost["int8"] < 1e-3
     assert lost["nf4"] < 0.15
     assert lost["nf4"] < min(lost["int4"], lost["fp4"])
+    assert lost["uint4"] < lost["int4"]

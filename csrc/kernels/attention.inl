@@ -198,7 +198,7 @@ void merge(const float* partials, size_t n, size_t stride, size_t d, float* out)
     for (size_t c = 0; c < n; ++c) {
         const float* own = partials + c * stride;
         if (own[dp + 1] == 0) continue;  // it saw none of this chunk
-        const float factor = std::exp(own[dp] - highest);
+        const float factor = own[dp] == highest ? 1.0f : std::exp(own[dp] - highest);
         total += own[dp + 1] * factor;
         for (size_t i = 0; i < d; ++i) out[i] += own[i] * factor;
     }

@@ -23,6 +23,7 @@ struct Checks {
 void check_everything(Checks& checks);
 void check_tile_unit(Checks& checks);  // check_tile_unit.cpp: the instructions, against the manual's definitions
 void check_linear(Checks& checks);     // check_linear.cpp: every AMX row of the table of linear kernels
+void check_attention(Checks& checks);  // check_attention.cpp: every AMX row of the table of attention kernels
 void check_peak(Checks& checks);       // check_peak.cpp: the probe of the unit's peak
 
 // Whether the tiles are as at reset: what a kernel must leave behind.

@@ -12,6 +12,7 @@ void check_everything(Checks& checks) {
     say("tile unit: as the manual defines it, ", checks.n_checks, " checks");
     check_peak(checks);
     check_linear(checks);
+    check_attention(checks);
 }
 
 }  // namespace metal

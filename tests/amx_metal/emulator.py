@@ -83,7 +83,7 @@ def _fetch_source(folder: Path) -> Path:
 
 def _mirror() -> str:
     """The first Debian mirror among apt's sources."""
-    command = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", "Origin: Debian"]
+    command = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", "Label: Debian"]
     sites = subprocess.run(command, capture_output=True, text=True).stdout.split()
     if not sites:
         raise EmulatorError("apt knows no Debian mirror: run 'sudo apt-get update', or name a Bochs by --bochs")

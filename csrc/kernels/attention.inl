@@ -4,8 +4,7 @@
 //   first[i] <= p < n_positions[i]
 //
 //   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867); every query
-//   that
-//              shares the head takes a page before the next, so that memory is read once
+//              that shares the head takes a page before the next, so that memory is read once
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
 //   registers  up to 4 queries x kColumns vectors of sums: each load of a key or value serves 4 queries
 //   bound      one token: memory, as every key and value is read once, the next page asked for meanwhile; prompts: the

@@ -7,8 +7,8 @@
 //              pass from tile to tile, as each has scales of its own
 //   counts     per weight tile (1,024 weights) and 16 tokens: 24 vector operations and 16 stores to decode, 2 products
 //              of 16 cycles, 32 rows of sums stored, 16 x 6 vector operations to scale: 60 cycles of two vector ports,
-//              64 of the store port, 32 of the tile unit. Decoding from memory at 15 GB/s a core leaves about 110. uint4:
-//              a product of 32-bit integers more a row, which is two operations: 76 cycles
+//              64 of the store port, 32 of the tile unit. Decoding from memory at 15 GB/s a core leaves about 110.
+//              uint4: a product of 32-bit integers more a row, which is two operations: 76 cycles
 //   accuracy   as linear_avx512_i16.cpp
 
 constexpr size_t kI16Scratch = 6 * 1024;

@@ -4,8 +4,7 @@
 //   first[i] <= p < n_positions[i]
 //
 //   order      page by page, with a running maximum and sum per query (online softmax, arXiv 1805.02867); every query
-//   that
-//              shares the head takes a page before the next, so that memory is read once
+//              that shares the head takes a page before the next, so that memory is read once
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
 //   registers  up to 4 queries x kColumns vectors of sums: each load of a key or value serves 4 queries
 //   bound      one token: memory, as every key and value is read once, the next page asked for meanwhile; prompts: the
@@ -198,7 +197,7 @@ void merge(const float* partials, size_t n, size_t stride, size_t d, float* out)
     for (size_t c = 0; c < n; ++c) {
         const float* own = partials + c * stride;
         if (own[dp + 1] == 0) continue;  // it saw none of this chunk
-        const float factor = std::exp(own[dp] - highest);
+        const float factor = own[dp] == highest ? 1.0f : std::exp(own[dp] - highest);
         total += own[dp + 1] * factor;
         for (size_t i = 0; i < d; ++i) out[i] += own[i] * factor;
     }

@@ -97,10 +97,9 @@ constexpr std::string_view kKvNames[] = {"bf16", "int8", "f32"};
 // One page of one KV head: keys transposed so that positions are lanes, values by rows. Dp is D rounded up to 16.
 //   bf16   keys (D/2, 64, 2), values (32, Dp, 2): two neighbours in the summed direction share a 32-bit lane, as dot
 //          products and AMX tiles of bfloat16 take them
-//   int8   keys (D, 64), values (64, Dp), then 64 float32 key scales, 64 value scales;   f32: keys (D, 64), values (64,
-//   Dp)
-// Whoever stores the first positions of a page clears those after, so that it holds nothing but what its sequence
-// wrote.
+//   int8   keys (D, 64), values (64, Dp), then 64 float32 key scales, 64 value scales
+//   f32    keys (D, 64), values (64, Dp)
+// Whoever stores the first positions of a page clears those after: it holds nothing but what its sequence wrote.
 struct KvPage {
     static constexpr size_t element_bytes(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::bf16 ? 2 : 1; }
     static constexpr size_t padded(size_t d) { return (d + 15) / 16 * 16; }

@@ -2,11 +2,9 @@
 //
 //   tiles      0-3 sums (2 x 2: 32 tokens x 32 outputs), 4-5 x (16 tokens x 32 inputs), 6-7 w (32 inputs x 16 outputs)
 //   blocks     512 tokens x 256 outputs of sums (512 KB) take all inputs, 512 at a time: their x (512 KB) and the sums
-//   stay
-//              in the L2 cache while the block's weights pass, two panels at a time (32 KB of bf16 tiles)
+//              stay in the L2 cache while the block's weights pass, two panels at a time (32 KB of bf16 tiles)
 //   decoding   between the products: as a pair of panels is multiplied, the codes of the next become tiles, a group of
-//   8
-//              inputs at a time; paid once for 512 tokens
+//              8 inputs at a time; paid once for 512 tokens
 //   reuse      each loaded tile takes part in 2 products; x is loaded past the L1 cache, which is w's
 //   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products
 //   accuracy   x and w rounded to bfloat16 (2^-9 each), sums in float32, subnormals as zero

@@ -1,18 +1,14 @@
 // linear, AMX INT8, 16-bit fixed-point activations: the scaled formats, a few tokens; included once over the tile unit
-// and once over its emulation. The same integers as linear_avx512_i16.cpp, scaled and added in the same order: the same
-// bits.
+// and once over its emulation. The integers of linear_avx512_i16.cpp, scaled and added in its order: the same bits.
 //
-//   tiles      0-1 and 2-3 sums of hi and of lo (up to 16 tokens x 16 outputs, int32), in turn; 4-5 x hi and lo (tokens
-//   x
-//              64 inputs) as I16Row has them; 6-7 w as unsigned bytes (64 inputs x 16 outputs), in turn
+//   tiles      0-1 and 2-3 sums of hi and of lo (up to 16 tokens x 16 outputs, int32), in turn; 4-5 x hi and lo
+//              (tokens x 64 inputs) as I16Row has them; 6-7 w as unsigned bytes (64 inputs x 16 outputs), in turn
 //   order      a weight tile is decoded and multiplied while the sums of the one before are scaled: int32 sums cannot
-//   pass
-//              from tile to tile, as each has scales of its own
+//              pass from tile to tile, as each has scales of its own
 //   counts     per weight tile (1,024 weights) and 16 tokens: 24 vector operations and 16 stores to decode, 2 products
-//   of
-//              16 cycles, 32 rows of sums stored, 16 x 6 vector operations to scale: 60 cycles of two vector ports, 64
-//              of the store port, 32 of the tile unit. Decoding from memory at 15 GB/s a core leaves about 110. uint4:
-//              a product of 32-bit integers more a row, which is two operations: 76 cycles
+//              of 16 cycles, 32 rows of sums stored, 16 x 6 vector operations to scale: 60 cycles of two vector ports,
+//              64 of the store port, 32 of the tile unit. Decoding from memory at 15 GB/s a core leaves about 110.
+//              uint4: a product of 32-bit integers more a row, which is two operations: 76 cycles
 //   accuracy   as linear_avx512_i16.cpp
 
 constexpr size_t kI16Scratch = 6 * 1024;

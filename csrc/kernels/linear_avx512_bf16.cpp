@@ -1,8 +1,7 @@
 // linear, AVX-512 BF16, many tokens: where there is no AMX, and the table's AVX-512 rows.
 //
 //   blocks     a panel's codes become bf16 tiles for 512 inputs at a time (16 KB of scratch, L1), and multiply every
-//   row
-//              of x before the next: decoding is paid once for all M
+//              row of x before the next: decoding is paid once for all M
 //   registers  16 rows x 16 outputs of sums, one vector of 16 weight pairs; x pairs are broadcast from memory
 //   bound      by vdpbf16ps: 16 a weight vector, one load of weights and 16 broadcasts beside them
 //   accuracy   x and w rounded to bfloat16 (2^-9 each), sums in float32

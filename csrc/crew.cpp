@@ -13,7 +13,9 @@ namespace fourfold {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kSpin = std::chrono::microseconds(50);  // about what a sleeping thread takes to wake
+// A thread that waits for the next call looks out for it, at first alone on its core, then giving way to whoever else
+// wants to run there, and then sleeps: to wake it takes 50 microseconds, and more on a virtual machine.
+constexpr auto kSpin = std::chrono::microseconds(50), kYield = std::chrono::microseconds(2000);
 
 class OwnCrew final : public Crew {
   public:
@@ -50,14 +52,18 @@ class OwnCrew final : public Crew {
     }
 
     uint64_t await(uint64_t seen) const {
-        const auto until = Clock::now() + kSpin;
+        const auto begin = Clock::now();
         for (;;) {
             for (int spins = 0; spins < 64; ++spins) {
                 const uint64_t call = call_.load(std::memory_order_acquire);
                 if (call != seen) return call;
                 _mm_pause();
             }
-            if (Clock::now() > until) call_.wait(seen, std::memory_order_acquire);
+            const auto waited = Clock::now() - begin;
+            if (waited > kYield)
+                call_.wait(seen, std::memory_order_acquire);
+            else if (waited > kSpin)
+                std::this_thread::yield();
         }
     }
 

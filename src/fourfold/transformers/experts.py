@@ -34,7 +34,7 @@ class QuantizedExperts:
 
     format: str
     shapes: dict[str, tuple[int, int]]
-    implementation: str | None  # that computed before
+    implementation: str  # what computes the experts that are left as they are, and these where they are dequantized
 
 
 def are_experts(module: nn.Module) -> bool:
@@ -53,8 +53,23 @@ def experts_format(module: nn.Module) -> str:
     return cast(QuantizedExperts, getattr(module, _MARK)).format
 
 
-def prepare_experts(module: nn.Module, format: str) -> None:
-    """Exchanges a module's tensors for empty ones of the format, on the meta device, to be loaded into."""
+def check_choice(module: nn.Module, default: str) -> None:
+    """Raises UnsupportedError where the user gave a module's experts to another function than Transformers does."""
+    chosen = cast(Any, module.config)._experts_implementation
+    if chosen not in (None, default, IMPLEMENTATION):
+        raise _cannot(chosen)
+
+
+def leave_experts(module: nn.Module, implementation: str) -> None:
+    """Says what computes a module's tensors, which stay as they are in a model that has quantized ones."""
+    setattr(module, _MARK, QuantizedExperts("f32", {}, implementation))
+
+
+def prepare_experts(module: nn.Module, format: str, implementation: str) -> None:
+    """Exchanges a module's tensors for empty ones of the format, on the meta device, to be loaded into.
+
+    `implementation`: what shall compute when they are dequantized.
+    """
     shapes = {}
     for name in _tensors(module):
         e, n, k = module._parameters[name].shape
@@ -65,9 +80,9 @@ def prepare_experts(module: nn.Module, format: str) -> None:
         if scale_shape is not None:
             _set(module, f"{name}_scale", torch.empty((e, *scale_shape), dtype=torch.uint8, device="meta"))
     module.register_buffer("weight_format", format_tensor(format).to("meta"))
-    config = cast(Any, module.config)
-    setattr(module, _MARK, QuantizedExperts(format, shapes, config._experts_implementation))
-    config._experts_implementation = IMPLEMENTATION
+    setattr(module, _MARK, QuantizedExperts(format, shapes, implementation))
+    module.register_forward_pre_hook(_check_function)
+    cast(Any, module.config)._experts_implementation = IMPLEMENTATION
 
 
 def quantize_experts(module: nn.Module, path: str, name: str, weights: Tensor) -> dict[str, Tensor]:
@@ -101,12 +116,30 @@ def dequantize_experts(module: nn.Module, dtype: torch.dtype) -> None:
     del module._buffers["weight_format"]
     cast(Any, module.config)._experts_implementation = experts.implementation
     delattr(module, _MARK)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _check_function]:
+        del module._forward_pre_hooks[key]
+
+
+def _check_function(module: nn.Module, _: Any) -> None:
+    chosen = cast(Any, module.config)._experts_implementation
+    if chosen != IMPLEMENTATION:
+        raise _cannot(chosen)
+
+
+def _cannot(chosen: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"experts_implementation={chosen!r} cannot compute with experts in fourfold's formats; leave it out, or set it "
+        f"to {IMPLEMENTATION!r}"
+    )
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The sum, weighted by top_k_weights (T, A), of experts top_k_index (T, A) of hidden_states (T, K); (T, K)."""
-    if not hasattr(self, _MARK):  # left as it was, in a model that has others
-        return cast(Tensor, ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights))
+    experts = getattr(self, _MARK, _NOTHING)
+    if not experts.shapes:  # left as it was, in a model that has others
+        eager = type(self).forward.__wrapped__  # by functools.wraps
+        compute = eager if experts.implementation == "eager" else ALL_EXPERTS_FUNCTIONS[experts.implementation]
+        return cast(Tensor, compute(self, hidden_states, top_k_index, top_k_weights))
     if self._is_expert_parallel:
         raise UnsupportedError("experts in fourfold's formats cannot be spread over processes")
     n_chosen = top_k_index.shape[-1]
@@ -145,5 +178,5 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(name, fixed(tensor))
 
 
-_NOTHING = QuantizedExperts("nf4", {}, None)
+_NOTHING = QuantizedExperts("f32", {}, "grouped_mm")
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)

@@ -23,7 +23,14 @@ from fourfold.torch.embedding import TiedEmbedding
 from fourfold.torch.linear import Linear
 from fourfold.torch.ops import NUMBER_TYPES
 from fourfold.transformers.config import METHOD, FourfoldConfig
-from fourfold.transformers.experts import are_experts, dequantize_experts, is_quantized_experts, prepare_experts
+from fourfold.transformers.experts import (
+    are_experts,
+    check_choice,
+    dequantize_experts,
+    is_quantized_experts,
+    leave_experts,
+    prepare_experts,
+)
 from fourfold.transformers.loading import READ, Quantize, check_all_read, check_files
 
 WORTH_SAYING = 1 << 20  # numbers in a matrix that is left as it is
@@ -98,7 +105,9 @@ class FourfoldQuantizer(HfQuantizer):
             kept = [name for name in kept if name != self._head]
             if not should_convert_module(self._head, given or []):
                 raise UserError(f"{self._head} is to be left by modules_to_not_convert, and quantized by head")
-        if not self._exchange(model, kept):
+        found = self._exchange(model, kept)
+        found = self._exchange_experts(model, kept) or found
+        if not found:
             raise UserError(f"{type(model).__name__} has no matrix to quantize beside {', '.join(sorted(kept))}")
         if self.pre_quantized and checkpoint_files:
             check_files(checkpoint_files, self.quantization_config.formats)
@@ -117,13 +126,21 @@ class FourfoldQuantizer(HfQuantizer):
                     self._tied.append(name)
                 else:
                     _put(model, name, self._empty(name, module), dtype)
-            elif are_experts(module):
-                prepare_experts(module, self.quantization_config.format)
+                found = True
+        return found
+
+    def _exchange_experts(self, model: PreTrainedModel, kept: list[str]) -> bool:
+        experts = {name: module for name, module in model.named_modules() if are_experts(module)}
+        taken = {name for name in experts if should_convert_module(name, kept)}
+        default = model.get_correct_experts_implementation(None)
+        for name, module in experts.items() if taken else ():
+            check_choice(module, default)
+            if name in taken:
+                prepare_experts(module, self.quantization_config.format, default)
                 setattr(module, READ, True)
             else:
-                continue
-            found = True
-        return found
+                leave_experts(module, default)
+        return bool(taken)
 
     def _empty(self, name: str, module: nn.Module) -> Linear:
         transposed = isinstance(module, Conv1D)

@@ -1,0 +1,106 @@
+"""fourfold.transformers: what a user may ask for beside a format, and the sentence where it is not to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourfold.errors import UnsupportedError
+
+torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: `make frameworks`")
+pytest.importorskip("accelerate", reason="accelerate is not installed: `make frameworks`")
+from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
+
+from fourfold.transformers import FourfoldConfig  # noqa: E402
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+HEADS = {**SMALL, "num_attention_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False},
+    "mixtral": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 96, "num_local_experts": 4},
+    "falcon": HEADS,
+    "mamba": {**SMALL, "state_size": 8},
+    "mamba2": {**SMALL, "state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
+}
+IDS = torch.arange(1, 13).view(2, 6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directories of unquantized random models in float32, made when they are first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def directory(kind: str) -> Path:
+        if not (root / kind).exists():
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(kind, **MODELS[kind])
+            AutoModelForCausalLM.from_config(config).save_pretrained(root / kind)
+        return root / kind
+
+    return directory
+
+
+def load(directory: Path, config: FourfoldConfig | None = None, **options: Any) -> Any:
+    given = options if config is None else {"quantization_config": config, **options}
+    return AutoModelForCausalLM.from_pretrained(directory, **given)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS, use_cache=False).logits
+    return found
+
+
+def test_another_function_for_experts_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    for kept in (None, ["model.layers.0"]):
+        with pytest.raises(UnsupportedError, match="experts_implementation='eager' cannot compute with experts in"):
+            load(checkpoint("mixtral"), FourfoldConfig(modules_to_not_convert=kept), experts_implementation="eager")
+    model = load(checkpoint("mixtral"), FourfoldConfig(), experts_implementation="fourfold")
+    expected = logits(model)
+    model.set_experts_implementation("eager")
+    with pytest.raises(UnsupportedError, match="leave it out, or set it to 'fourfold'"):
+        logits(model)
+    model.set_experts_implementation("fourfold")
+    assert torch.equal(logits(model), expected)
+
+
+def test_dequantized_experts_are_computed_as_before(checkpoint: Callable[[str], Path]) -> None:
+    plain = load(checkpoint("mixtral"))
+    model = load(checkpoint("mixtral"), FourfoldConfig("f32"))
+    assert model.config._experts_implementation == "fourfold"
+    model.dequantize()
+    assert model.config._experts_implementation == plain.config._experts_implementation
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("default", ["grouped_mm", "eager"])
+def test_experts_that_are_left_are_computed_as_before(
+    default: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(load(checkpoint("mixtral")))
+    if default == "eager":  # what Transformers falls back to
+
+        def cannot(self: Any) -> None:
+            raise ValueError("no grouped_mm here")
+
+        monkeypatch.setattr(kind, "_grouped_mm_can_dispatch", cannot)
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", None)
+    plain = load(checkpoint("mixtral"))
+    assert plain.config._experts_implementation == default
+    model = load(checkpoint("mixtral"), FourfoldConfig("f32", ["model.layers.0", "lm_head"]))
+    torch.testing.assert_close(logits(model), logits(plain))
+    model.dequantize()
+    assert model.config._experts_implementation == default

@@ -88,6 +88,38 @@ def test_shapes_are_known_before_anything_is_computed() -> None:
     assert dense().compute_output_shape((None, 3, 100)) == (None, 3, 50)
 
 
+@pytest.mark.parametrize("width", [1, 63])  # as many tiles of weights as 64 inputs
+@pytest.mark.parametrize("has_einsum", [False, True])
+def test_an_input_of_another_width_is_refused_eagerly_and_traced(width: int, has_einsum: bool) -> None:
+    layer = layers.EinsumDense("...x,xy->...y", output_shape=8) if has_einsum else layers.Dense(8)
+    layer.build((None, 64))
+    quantize(layer)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 64"):
+        layer(numbers(2, width))
+    with pytest.raises(ValueError, match="expected min_ndim=2, found ndim=1"):
+        layer(numbers(64))
+    traced = tf.function(lambda x: layer(x), input_signature=[tf.TensorSpec((None, None))])
+    x = numbers(2, 64)
+    assert np.array_equal(traced(x), layer(x))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"\[2,{width}\] is not compatible .* \[\?,64\]"):
+        traced(x[:, :width])
+
+
+def test_an_einsum_takes_the_axes_of_its_equation_alone() -> None:
+    layer = layers.EinsumDense("abcd,cde->abe", output_shape=(None, 7))
+    layer.build((None, 4, 3, 5))
+    quantize(layer)
+    with pytest.raises(ValueError, match="expected axis -2 of input shape to have value 3"):
+        layer(numbers(2, 4, 5, 3))
+    with pytest.raises(ValueError, match="expected ndim=4, found ndim=3"):
+        layer(numbers(4, 3, 5))
+    traced = tf.function(lambda x: layer(x), input_signature=[tf.TensorSpec((None,) * 4)])
+    x = numbers(2, 4, 3, 5)
+    assert np.array_equal(traced(x), layer(x))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="is not compatible"):
+        traced(numbers(2, 4, 5, 3))
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

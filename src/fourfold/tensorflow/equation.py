@@ -16,6 +16,7 @@ class Product:
     n_outputs: int  # last axes of the output, which are the kernel's
     first_output: int  # where the first of those stands in Keras' `output_shape`, which lacks the batch
     order: tuple[int, ...]  # the kernel's axes so that its outputs come first, then its inputs, each as above
+    n_axes: int | None = None  # of the whole input; None where it may have any axes before its inputs
 
 
 def plain_product(equation: str, bias_axes: str | None) -> Product:
@@ -41,4 +42,5 @@ def plain_product(equation: str, bias_axes: str | None) -> Product:
     if bias_axes is not None and bias_axes != outputs:
         raise UnsupportedError(f"its bias over the axes '{bias_axes}' of '{equation}' is not one value an output")
     first_output = len(kept) if labels[1] else len(kept) - 1
-    return Product(len(inputs), len(outputs), first_output, tuple(kernel.index(axis) for axis in outputs + inputs))
+    order = tuple(kernel.index(axis) for axis in outputs + inputs)
+    return Product(len(inputs), len(outputs), first_output, order, None if labels[1] else len(x))

@@ -28,27 +28,33 @@ class Packed(keras.layers.Layer):
     put them there. In Keras' files it is three, as fourfold.torch names them:
     - `weight` uint8 (P, bytes of a panel): 16 outputs a panel, docs/format.md;
     - `weight_scale` uint8 (P, 4): each panel's float32 scale, as bytes (formats with scales only);
-    - `weight_format` uint8 (4,): the format's name in ASCII.
+    - `weight_format` uint8 (8,): the format's name in ASCII, zeros behind it.
     `bias`, or None, is a variable as Keras' is, and alone can be trained.
     """
 
     format: WeightFormat
     outputs: int  # N
-    inputs: int  # K
+    input_axes: tuple[int, ...]  # the input's last axes, which are summed over
+    inputs: int  # K: their product
     weight: keras.Variable
     bias: keras.Variable | None
 
-    def hold(self, outputs: int, inputs: int, matrix: QuantizedMatrix | None = None) -> None:
+    def hold(
+        self, outputs: int, input_axes: tuple[int, ...], n_axes: int | None, matrix: QuantizedMatrix | None = None
+    ) -> None:
         """Makes the variable of the weights; without a matrix they are zeros, to be loaded into.
 
-        Raises UserError for a type to compute in that the kernels do not have.
+        An input has `n_axes` axes, or at least one before `input_axes` where that is None. Raises UserError for a type
+        to compute in that the kernels do not have.
         """
         if self.compute_dtype not in COMPUTE_TYPES:
             raise UserError(f"{self.name} computes in {self.compute_dtype}, not in one of {', '.join(COMPUTE_TYPES)}")
         self.supports_jit = False
-        self.outputs, self.inputs = outputs, inputs
+        self.outputs, self.input_axes, self.inputs = outputs, input_axes, math.prod(input_axes)
+        sizes = {place - len(input_axes): size for place, size in enumerate(input_axes)}
+        self.input_spec = keras.layers.InputSpec(ndim=n_axes, min_ndim=len(input_axes) + 1, axes=sizes)
         if matrix is None:
-            shapes = stored.shapes(self.format, outputs, inputs)
+            shapes = stored.shapes(self.format, outputs, self.inputs)
             parts = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
             joined = stored.join_parts({**parts, "weight_format": stored.name_bytes(self.format)})
         else:
@@ -63,13 +69,27 @@ class Packed(keras.layers.Layer):
         """Keras' own way to `call` takes half as long as a kernel of 4096 × 4096; an eager tensor can do without."""
         if len(args) == 1 and not kwargs and type(args[0]) is EAGER and self.built and self._is_direct:
             x = args[0]
-            if x.dtype is self._compute_type and getattr(x, "_keras_mask", None) is None:
+            is_plain = x.dtype is self._compute_type and getattr(x, "_keras_mask", None) is None
+            if is_plain and self._takes(tuple(x.shape)):
                 return self.call(x)
         return super().__call__(*args, **kwargs)
 
     def _bias(self, shape: tuple[int, ...]) -> keras.Variable | None:
         how = {"initializer": self.bias_initializer, "regularizer": self.bias_regularizer}
         return self.add_weight(name="bias", shape=shape, constraint=self.bias_constraint, **how)
+
+    def _takes(self, shape: tuple[int, ...]) -> bool:
+        spec, n = self.input_spec, len(self.input_axes)
+        return shape[-n:] == self.input_axes and (len(shape) == spec.ndim if spec.ndim else len(shape) > n)
+
+    def checked(self, x: tf.Tensor) -> tf.Tensor:
+        """x, whose last axes are `input_axes`: where that is not known while a graph is made, it is seen as it runs.
+
+        The kernel cannot tell: rows of weights that are a few inputs longer or shorter take as many bytes.
+        """
+        if None not in x.shape[-len(self.input_axes) :]:
+            return x
+        return tf.ensure_shape(x, (*(None,) * (len(x.shape) - len(self.input_axes)), *self.input_axes))
 
     def multiply(self, x: tf.Tensor) -> tf.Tensor:
         """x (..., K) to (..., N), the bias added."""
@@ -159,12 +179,11 @@ class Dense(Packed):
         k = input_shape[-1]
         if k is None:
             raise UserError(f"the last axis of {self.name}'s input must be known")
-        self.hold(self.units, k)
+        self.hold(self.units, (k,), None)
         self.bias = self._bias((self.units,)) if self.use_bias else None
-        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: k})
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        y = self.multiply(inputs)
+        y = self.multiply(self.checked(inputs))
         return y if self.activation is None else self.activation(y)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -213,17 +232,16 @@ class EinsumDense(Packed):
         return tuple(size for size in self.partial_output_shape[first : first + n] if size is not None)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        summed = input_shape[-self.product.n_inputs :]
-        if None in summed or len(self.output_axes) < self.product.n_outputs:
+        summed = tuple(size for size in input_shape[-self.product.n_inputs :] if size is not None)
+        if len(summed) < self.product.n_inputs or len(self.output_axes) < self.product.n_outputs:
             raise UserError(f"the axes of {self.name}'s kernel must be known")
-        self.hold(math.prod(self.output_axes), math.prod(size for size in summed if size is not None))
+        self.hold(math.prod(self.output_axes), summed, self.product.n_axes)
         self.bias = self._bias(self.output_axes) if self.bias_axes else None
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        product = self.product
-        kept = keras.ops.shape(inputs)[: -product.n_inputs]
-        x = inputs if product.n_inputs == 1 else keras.ops.reshape(inputs, (*kept, self.inputs))
-        y = self.multiply(x)
+        product, x = self.product, self.checked(inputs)
+        kept = keras.ops.shape(x)[: -product.n_inputs]
+        y = self.multiply(x if product.n_inputs == 1 else keras.ops.reshape(x, (*kept, self.inputs)))
         if product.n_outputs > 1:
             y = keras.ops.reshape(y, (*kept, *self.output_axes))
         return y if self.activation is None else self.activation(y)
@@ -261,7 +279,8 @@ def exchange(layer: keras.layers.Layer, format: WeightFormat, packed: QuantizedM
     layer._tracker.unlock()
     layer.__class__ = PLAIN[type(layer)]
     layer.format = format
-    layer.hold(math.prod(sizes[: product.n_outputs]), math.prod(sizes[product.n_outputs :]), packed)
+    outputs, inputs = sizes[: product.n_outputs], sizes[product.n_outputs :]
+    layer.hold(math.prod(outputs), tuple(inputs), product.n_axes, packed)
     layer._tracker.lock()
 
 

@@ -341,3 +341,19 @@ except MissingExtra as error:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert f"needs {missing}" in run.stdout
     assert "pip install 'fourfold[transformers]'" in run.stdout
+
+
+@pytest.mark.parametrize(("old", "needed"), [("torch", "2.13"), ("transformers", "5.23")])
+def test_an_old_package_is_named_with_the_version_that_is_needed(old: str, needed: str) -> None:
+    script = f"""
+import {old}
+{old}.__version__ = "2.9.1+cpu"
+from fourfold.errors import MissingExtra
+try:
+    import fourfold.transformers
+except MissingExtra as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"needs {old} {needed} or newer, and 2.9.1+cpu is installed" in run.stdout
+    assert "pip install -U 'fourfold[transformers]'" in run.stdout

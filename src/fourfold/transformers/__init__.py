@@ -14,8 +14,8 @@ from __future__ import annotations
 
 try:
     import accelerate as _accelerate  # noqa: F401
-    import torch as _torch  # noqa: F401
-    import transformers as _transformers  # noqa: F401
+    import torch as _torch
+    import transformers as _transformers
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "torch", "transformers"):
         raise
@@ -25,7 +25,25 @@ except ModuleNotFoundError as error:
         f"fourfold.transformers needs {error.name}; install it with `pip install 'fourfold[transformers]'`"
     ) from None
 
-from fourfold.transformers.config import FourfoldConfig
-from fourfold.transformers.quantizer import FourfoldQuantizer
+OLDEST = {_torch: "2.13", _transformers: "5.23"}  # that the tests have seen; older Transformers pass quantizers less
+
+
+def _check_versions() -> None:
+    from packaging.version import Version
+
+    from fourfold.errors import MissingExtra
+
+    for package, oldest in OLDEST.items():
+        if Version(package.__version__).release < Version(oldest).release:
+            raise MissingExtra(
+                f"fourfold.transformers needs {package.__name__} {oldest} or newer, and {package.__version__} is "
+                "installed; `pip install -U 'fourfold[transformers]'` brings it"
+            )
+
+
+_check_versions()
+
+from fourfold.transformers.config import FourfoldConfig  # noqa: E402
+from fourfold.transformers.quantizer import FourfoldQuantizer  # noqa: E402
 
 __all__ = ["FourfoldConfig", "FourfoldQuantizer"]

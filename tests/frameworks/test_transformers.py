@@ -299,9 +299,6 @@ def test_a_config_that_disagrees_with_the_files_is_refused(tmp_path: Path, check
     pretend(group_size=128)
     with pytest.raises(UserError, match="has no group_size"):
         load(tmp_path)
-    pretend()
-    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        assert load(tmp_path, config=FourfoldConfig("int8")).config.quantization_config.format == "nf4"
 
 
 @pytest.mark.parametrize("lost", ["weight", "weight_scale", "weight_format", "bias"])

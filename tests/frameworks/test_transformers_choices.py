@@ -104,3 +104,18 @@ def test_experts_that_are_left_are_computed_as_before(
     torch.testing.assert_close(logits(model), logits(plain))
     model.dequantize()
     assert model.config._experts_implementation == default
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_a_saved_model_is_not_given_another_config(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    load(checkpoint("llama"), FourfoldConfig("nf4", ["lm_head"])).save_pretrained(tmp_path)
+    for config, sentence in (
+        (FourfoldConfig("int8", ["lm_head"]), "saved with format='nf4', not 'int8': load it without"),
+        (FourfoldConfig("nf4"), r"saved with modules_to_not_convert=\['lm_head'\], not None"),
+        (FourfoldConfig("nf4", ["lm_head"], head="bf16"), "saved with head=None, not 'bf16'"),
+    ):
+        with pytest.raises(UnsupportedError, match=sentence):
+            load(tmp_path, config)
+    model = load(tmp_path, FourfoldConfig("nf4", ["lm_head"]))
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()

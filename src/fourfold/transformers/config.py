@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fourfold.errors import UserError
+from fourfold.errors import UnsupportedError, UserError
 from fourfold.matrix import check_format
 
 METHOD = "fourfold"
+GIVEN = "given_config"
 
 
 @register_quantization_config(METHOD)
@@ -50,6 +52,22 @@ class FourfoldConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = _checked(modules_to_not_convert)
         self.head: str | None = None if head is None else check_format(head)
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What Transformers hands from the config that is given for a saved model to the one that was saved."""
+        return {GIVEN: self.to_dict()}
+
+    def check_given(self) -> None:
+        """Raises UnsupportedError where this is a saved model's config, and another one was given for it."""
+        given = self.__dict__.pop(GIVEN, None)
+        if given is None:
+            return
+        saved = self.to_dict()
+        if different := [f"{key}={saved[key]!r}, not {given[key]!r}" for key in saved if given[key] != saved[key]]:
+            raise UnsupportedError(
+                f"this model was saved with {'; '.join(different)}: load it without a quantization_config, or quantize "
+                "the model that it was made from"
+            )
+
     @property
     def formats(self) -> set[str]:
         """Those that a model has."""
@@ -69,3 +87,7 @@ def _checked(patterns: Any) -> list[str] | None:
                 f"{pattern!r} in modules_to_not_convert is neither a name nor a regular expression: {error}"
             ) from None
     return list(patterns)
+
+
+# Those whose `get_loading_attributes` is asked for; Transformers passes other configs by, with a warning.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FourfoldConfig,)

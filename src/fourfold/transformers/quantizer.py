@@ -58,6 +58,7 @@ class FourfoldQuantizer(HfQuantizer):
     quantization_config: FourfoldConfig
 
     def __init__(self, quantization_config: FourfoldConfig, **kwargs: Any) -> None:
+        quantization_config.check_given()
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._transposed: set[str] = set()  # modules whose weights are read as (inputs, outputs)
         self._tied: list[str] = []  # modules to be quantized when their weights have been read

@@ -100,8 +100,8 @@ class RowParallelLinear(_Shard):
     def forward(self, input: Tensor) -> Tensor:
         if self.inputs is not None:
             first, last, width = self.inputs
-            if input.shape[-1] != width:
-                raise UserError(f"this linear takes {width} inputs, not {input.shape[-1]}")
+            if not input.ndim or input.shape[-1] != width:
+                raise UserError(f"this linear takes {width} inputs; this input is {tuple(input.shape)}")
             input = input[..., first:last]  # read where it lies
         y: Tensor = torch.ops.fourfold.linear(
             input, self.weight, self.weight_scale, None, self.format, self.out_features

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 import fourfold._core as _core
@@ -17,7 +18,10 @@ _matmul, _threads, _uint8 = _core.matmul, torch.get_num_threads, torch.uint8
 
 
 def is_unobserved(x: Tensor) -> bool:
-    """Whether x is a plain CPU tensor, and no gradient, compiler, autocast, mode, transform or profiler is at work."""
+    """Whether x is a plain CPU tensor, and nothing else is at work.
+
+    That is: no gradient of either mode, compiler, autocast, dispatch mode, transform or profiler.
+    """
     return (
         not is_compiling()
         and not torch.is_grad_enabled()
@@ -26,6 +30,7 @@ def is_unobserved(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
+        and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._get_tracing_state()
         and not torch.autograd._profiler_enabled()
@@ -48,7 +53,7 @@ def multiply(
     `shape` and `scale_shape` are `weight_shapes` of the format for (N, K).
     """
     x_type = NUMBER_TYPES.get(x.dtype)
-    if x_type is None or not x.is_contiguous() or x.shape[-1] != in_features:
+    if x_type is None or not x.is_contiguous() or not x.ndim or x.shape[-1] != in_features:
         return None
     if weight.shape != shape or weight.dtype is not _uint8 or not weight.is_cpu or not weight.is_contiguous():
         return None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import fourfold._core as _core
 from fourfold.errors import UserError
 from fourfold.torch.linear import Linear
-from fourfold.torch.ops import check_weight
+from fourfold.torch.ops import check_devices, check_weight
 
 _library = torch.library.Library("fourfold", "FRAGMENT")
 _library.define(
@@ -70,6 +70,7 @@ def _rows(
 def _rows_fake(
     ids: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, out_features: int, in_features: int
 ) -> Tensor:
+    check_devices(ids=ids, weight=weight, weight_scale=weight_scale)
     return weight.new_empty((*ids.shape, in_features), dtype=torch.float32)
 
 

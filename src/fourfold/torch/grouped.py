@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fourfold._core as _core
 from fourfold.errors import UserError
-from fourfold.torch.ops import HAS_TORCH_THREADS, NUMBER_TYPES, weight_shapes
+from fourfold.torch.ops import HAS_TORCH_THREADS, NUMBER_TYPES, check_devices, check_weight, refuse_forward_mode
 
 _library = torch.library.Library("fourfold", "FRAGMENT")
 _library.define(
@@ -39,8 +39,9 @@ def _grouped_linear(
 
     weight uint8 (E, P, bytes of a panel), weight_scale uint8 (E, P, 4). Rows beyond all counts are zero in y.
     """
-    k = x.shape[-1]
+    refuse_forward_mode()
     _check(x, counts, weight, weight_scale, bias, format, out_features)
+    k = x.shape[1]
     rows = x.contiguous()
     y = torch.empty((len(rows), out_features), dtype=x.dtype)
     plus = None if bias is None else bias.contiguous()
@@ -86,18 +87,7 @@ def _check(
     if x.ndim != 2 or x.dtype not in NUMBER_TYPES:
         raise UserError(f"x must be rows of float32, float16 or bfloat16, not {x.dtype} {tuple(x.shape)}")
     e = len(weight)
-    shape, scale_shape = weight_shapes(format, n, x.shape[1])
-    if weight.shape != (e, *shape) or weight.dtype != torch.uint8 or not weight.is_contiguous():
-        raise UserError(
-            f"{format} weights of {n} outputs and {x.shape[1]} inputs are a contiguous uint8 tensor ({e}, *{shape}); "
-            f"these are {weight.dtype} {tuple(weight.shape)}"
-        )
-    if (scale_shape is None) != (weight_scale is None):
-        raise UserError(f"{format} {'has no' if scale_shape is None else 'needs'} panel scales")
-    if scale_shape is not None and weight_scale is not None:
-        good = weight_scale.dtype == torch.uint8 and weight_scale.is_contiguous()
-        if not good or weight_scale.shape != (e, *scale_shape):
-            raise UserError(f"the scales of these weights are a contiguous uint8 tensor ({e}, *{scale_shape})")
+    check_weight(weight, weight_scale, format, n, x.shape[1], (e,))
     if counts.shape != (e,) or counts.is_floating_point():
         raise UserError(f"counts must have one integer for each of the {e} matrices; they are {tuple(counts.shape)}")
     if bias is not None and (bias.shape != (e, n) or bias.dtype not in NUMBER_TYPES):
@@ -113,6 +103,8 @@ def _grouped_linear_fake(
     format: str,
     out_features: int,
 ) -> Tensor:
+    refuse_forward_mode()
+    check_devices(x=x, counts=counts, weight=weight, weight_scale=weight_scale, bias=bias)
     return x.new_empty((x.shape[0], out_features))
 
 
@@ -128,9 +120,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, None, None, None, None, None
 
 
+def _keep_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, counts, weight, weight_scale, format, _ = inputs
+    ctx.save_for_backward(counts, weight, weight_scale)
+    ctx.format, ctx.out_features = format, grad.shape[-1]
+
+
+def _second_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    counts, weight, weight_scale = ctx.saved_tensors
+    to_grad = torch.ops.fourfold.grouped_linear(
+        upstream, counts, weight, weight_scale, None, ctx.format, ctx.out_features
+    )
+    return to_grad, None, None, None, None, None
+
+
 def _input_grad(
     grad: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
 ) -> Tensor:
+    refuse_forward_mode()
     to_x = grad.new_zeros((len(grad), in_features))
     for e, begin, end in _groups(counts, len(grad)):
         scales = None if weight_scale is None else weight_scale[e]
@@ -141,6 +148,8 @@ def _input_grad(
 def _input_grad_fake(
     grad: Tensor, counts: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
 ) -> Tensor:
+    refuse_forward_mode()
+    check_devices(grad=grad, counts=counts, weight=weight, weight_scale=weight_scale)
     return grad.new_empty((grad.shape[0], in_features))
 
 
@@ -149,3 +158,6 @@ _library.impl("grouped_linear_input_grad", _input_grad, "CPU")
 torch.library.register_fake("fourfold::grouped_linear_input_grad", _input_grad_fake, lib=_library)
 torch.library.register_fake("fourfold::grouped_linear", _grouped_linear_fake, lib=_library)
 torch.library.register_autograd("fourfold::grouped_linear", _backward, setup_context=_keep_for_backward, lib=_library)
+torch.library.register_autograd(
+    "fourfold::grouped_linear_input_grad", _second_backward, setup_context=_keep_for_second_backward, lib=_library
+)

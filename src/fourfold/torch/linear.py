@@ -88,7 +88,7 @@ class Linear(nn.Linear):
             direct = multiply(input, weight, scale, bias, self.format, *self._shapes, n, k)
             if direct is not None:
                 return direct
-        if input.shape[-1] != self.in_features:
+        if not input.ndim or input.shape[-1] != self.in_features:
             raise UserError(f"the last axis must be the {self.in_features} inputs; this input is {tuple(input.shape)}")
         y: Tensor = torch.ops.fourfold.linear(
             input, self.weight, self.weight_scale, self.bias, self.format, self.out_features

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fourfold._core as _core
-from fourfold.errors import UserError
+from fourfold.errors import UnsupportedError, UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
 from fourfold.matrix import check_format
 
@@ -58,7 +59,8 @@ def weight_shapes(format: str, n: int, k: int) -> tuple[tuple[int, int], tuple[i
 def _linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
 ) -> Tensor:
-    k = x.shape[-1]
+    refuse_forward_mode()
+    k = _width(x)
     check_weight(weight, weight_scale, format, out_features, k)
     rows = x.reshape(-1, k)  # a view, where x's axes allow it
     if rows.stride(1) != 1 or rows.stride(0) < k:
@@ -90,16 +92,22 @@ def _linear(
 def _linear_fake(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
 ) -> Tensor:
+    refuse_forward_mode()
+    check_devices(x=x, weight=weight, weight_scale=weight_scale, bias=bias)
+    _width(x)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear_autocast(
     x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None, format: str, out_features: int
 ) -> Tensor:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(wanted) if tensor.dtype in NUMBER_TYPES else tensor  # float64 stays, as in PyTorch's linear
+
     wanted = torch.get_autocast_dtype("cpu")
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)):
-        bias = None if bias is None else bias.to(wanted)
-        y: Tensor = torch.ops.fourfold.linear(x.to(wanted), weight, weight_scale, bias, format, out_features)
+        bias = None if bias is None else cast(bias)
+        y: Tensor = torch.ops.fourfold.linear(cast(x), weight, weight_scale, bias, format, out_features)
         return y
 
 
@@ -107,7 +115,8 @@ def _linear_input_grad(
     grad: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
 ) -> Tensor:
     """grad (..., N) times W (N, K), in float32, for a few MB of rows of W at a time."""
-    n, k = grad.shape[-1], in_features
+    refuse_forward_mode()
+    n, k = _width(grad), in_features
     rows = grad.reshape(-1, n).float()
     total = torch.zeros((rows.shape[0], k), dtype=torch.float32)
     at_once = max(1, GRAD_ROWS_BYTES // (4 * k))
@@ -120,6 +129,9 @@ def _linear_input_grad(
 def _linear_input_grad_fake(
     grad: Tensor, weight: Tensor, weight_scale: Tensor | None, format: str, in_features: int
 ) -> Tensor:
+    refuse_forward_mode()
+    check_devices(grad=grad, weight=weight, weight_scale=weight_scale)
+    _width(grad)
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
@@ -132,6 +144,7 @@ def _dequantize(
 def _dequantize_fake(
     weight: Tensor, weight_scale: Tensor | None, format: str, out_features: int, in_features: int
 ) -> Tensor:
+    check_devices(weight=weight, weight_scale=weight_scale)
     return weight.new_empty((out_features, in_features), dtype=torch.float32)
 
 
@@ -161,10 +174,58 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, None, to_bias, None, None
 
 
-def check_weight(weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int) -> None:
-    """Raises UserError where the tensors are not those of a matrix (n, k): the kernels read by address."""
-    shape, scale_shape = weight_shapes(format, n, k)
-    if weight.shape != shape or weight.dtype != torch.uint8 or not weight.is_contiguous():
+def _keep_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, weight_scale, format, _ = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.format, ctx.out_features = format, grad.shape[-1]
+
+
+def _second_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """grad W's gradient for grad is upstream Wᵀ, a linear again."""
+    weight, weight_scale = ctx.saved_tensors
+    to_grad = torch.ops.fourfold.linear(upstream, weight, weight_scale, None, ctx.format, ctx.out_features)
+    return to_grad, None, None, None, None
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raises UserError where the tensors of a call are on several devices.
+
+    PyTorch's dispatcher takes one on `meta` as a call to be described, and the others' results would be memory that
+    nobody has written.
+    """
+    places = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}
+    if len(set(places.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in places.items())
+        unread = "; weights on meta have not been read yet" if places.get("weight") == "meta" else ""
+        raise UserError(f"all tensors of a product must be on one device: {where}{unread}")
+
+
+def refuse_forward_mode() -> None:
+    """Raises UnsupportedError inside torch.func.jvp or a dual level, where tangents would be lost without a word."""
+    if forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            "quantized products have no forward-mode derivative (torch.func.jvp, dual tensors); "
+            "torch.autograd.functional.jvp takes it by two passes of reverse mode"
+        )
+
+
+def _width(x: Tensor) -> int:
+    if not x.ndim:
+        raise UserError("a number alone cannot be multiplied: the last axis must be the inputs")
+    width: int = x.shape[-1]
+    return width
+
+
+def check_weight(
+    weight: Tensor, weight_scale: Tensor | None, format: str, n: int, k: int, stacked: tuple[int, ...] = ()
+) -> None:
+    """Raises UserError where the tensors are not those of a matrix (n, k): the kernels read by address.
+
+    `stacked` are the leading axes of a stack of matrices.
+    """
+    one, one_scale = weight_shapes(format, n, k)
+    shape, scale_shape = (*stacked, *one), None if one_scale is None else (*stacked, *one_scale)
+    if weight.shape != shape or not _is_bytes(weight):
         raise UserError(
             f"a {format} weight of {n} outputs and {k} inputs is a contiguous uint8 tensor {shape}; "
             f"this one is {weight.dtype} {tuple(weight.shape)}"
@@ -189,6 +250,11 @@ def _number_type(tensor: Tensor) -> int:
     try:
         return NUMBER_TYPES[tensor.dtype]
     except KeyError:
+        if tensor.dtype == torch.uint8:
+            raise UserError(
+                "inputs must be float32, float16 or bfloat16, not torch.uint8: this model casts inputs to the type of "
+                "the linear's weight, so leave the linear out (choose, modules_to_not_convert)"
+            ) from None
         raise UserError(f"inputs must be float32, float16 or bfloat16, not {tensor.dtype}") from None
 
 
@@ -200,3 +266,6 @@ torch.library.register_fake("fourfold::linear", _linear_fake, lib=_library)
 torch.library.register_fake("fourfold::linear_input_grad", _linear_input_grad_fake, lib=_library)
 torch.library.register_fake("fourfold::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_autograd("fourfold::linear", _backward, setup_context=_keep_for_backward, lib=_library)
+torch.library.register_autograd(
+    "fourfold::linear_input_grad", _second_backward, setup_context=_keep_for_second_backward, lib=_library
+)

@@ -48,11 +48,21 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Written], tuple[str, ...]
     ),
     "AWQ": (writers.awq_config(), writers.awq, ("uint4", "int8")),
     "AWQ, groups of 64": (writers.awq_config(64), lambda *a: writers.awq(*a, group=64), ("uint4", "int8")),
+    "AWQ, symmetric": (
+        writers.awq_config() | {"zero_point": False},
+        lambda *a: writers.awq(*a, zero=8),
+        ("int4", "uint4", "int8"),
+    ),
     "AWQ, zero points of 8": (writers.awq_config(), lambda *a: writers.awq(*a, zero=8), ("int4", "uint4", "int8")),
     "compressed-tensors": (writers.compressed_config(), writers.compressed, ("int4", "uint4", "int8")),
     "compressed-tensors, one scale an output": (
         writers.compressed_config(),
         lambda *a: writers.compressed(*a, group=1 << 30),
+        ("int4", "uint4", "int8"),
+    ),
+    "compressed-tensors, groups of 64": (
+        writers.compressed_config(64),
+        lambda *a: writers.compressed(*a, group=64),
         ("int4", "uint4", "int8"),
     ),
     "compressed-tensors, asymmetric": (
@@ -191,6 +201,15 @@ def option(**values: Any) -> Change:
     return lambda q, t: q.update(values)
 
 
+def option_without(name: str, **values: Any) -> Change:
+    return lambda q, t: (q.update(values), t.pop(name))
+
+
+def of_weights(**values: Any) -> Change:
+    """A change of what compressed-tensors' config says of the weights of its one group."""
+    return lambda q, t: q["config_groups"]["group_0"]["weights"].update(values)
+
+
 def tensor(name: str, value: Callable[[NDArray[Any]], NDArray[Any]]) -> Change:
     return lambda q, t: t.update({name: value(t[name])})
 
@@ -238,13 +257,19 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(rotation="hadamard"), "rotation: fourfold does not know this key"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), r"q_proj.g_idx deals the inputs out .*\(desc_act\)"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: t[:-1]), "g_idx should be int32"),
+    (
+        "GPTQ, groups of 64",
+        option_without(f"{MODULE}.g_idx", desc_act=True),
+        r"lacks .*q_proj.g_idx, .*\(desc_act\); use",
+    ),
+    ("GPTQ", option(desc_act="yes"), "desc_act to 'yes'; it must be true or false"),
     ("GPTQ", tensor(f"{MODULE}.qzeros", lambda t: t[:, :-1]), "qzeros should be int32"),
     ("GPTQ", tensor(f"{MODULE}.qweight", lambda t: t[:, :-1]), "is no packed matrix"),
     ("GPTQ", tensor(f"{MODULE}.qweight", lambda t: t.astype(np.int64)), "qweight should be int32"),
     ("GPTQ", without(f"{MODULE}.scales"), "lacks the tensor .*q_proj.scales"),
     ("GPTQ", without(f"{MODULE}.qweight"), "is I32; fourfold reads only"),
     ("AWQ", option(version="gemv"), "version to 'gemv'"),
-    ("AWQ", option(zero_point=False), "zero_point"),
+    ("AWQ", option(zero_point=0), "zero_point to 0; it must be true or false"),
     ("AWQ", option(bits=3), "bits to 3"),
     ("AWQ", tensor(f"{MODULE}.qzeros", lambda t: t[:0]), "qzeros should be int32"),
     ("AWQ", tensor(f"{MODULE}.scales", lambda t: t[:, :-8]), "scales should be"),
@@ -269,6 +294,10 @@ REFUSED: list[tuple[str, Change, str]] = [
         lambda q, t: t.update({f"{MODULE}.weight_g_idx": np.arange(128, dtype=np.int32)[::-1] // 64}),
         r"weight_g_idx deals the inputs out .*\(actorder\)",
     ),
+    ("compressed-tensors, groups of 64", of_weights(actorder="group"), r"lacks .*weight_g_idx, .*\(actorder\); use"),
+    ("compressed-tensors, groups of 64", of_weights(actorder=True), r"lacks .*weight_g_idx, .*\(actorder\); use"),
+    ("compressed-tensors", of_weights(actorder="hessian"), "actorder to 'hessian'"),
+    ("compressed-tensors", of_weights(symmetric=False), "lacks the tensor .*weight_zero_point"),
 ]
 
 
@@ -281,6 +310,34 @@ def test_what_is_not_read_is_refused_by_name(scheme: str, change: Change, senten
     with pytest.raises((CheckpointError, UnsupportedError), match=sentence) as refusal:
         open_source(changed(path, change))
     assert "\n" not in str(refusal.value)
+
+
+IN_ORDER: list[tuple[str, Change]] = [
+    ("GPTQ, groups of 64", lambda q, t: [t.pop(name) for name in list(t) if name.endswith("g_idx")]),
+    ("GPTQ, groups of 64", option(desc_act=True)),
+    ("GPTQ, groups of 64", option_without(f"{MODULE}.g_idx", desc_act=True, static_groups=True)),
+    ("GPTQ, one scale an output", option_without(f"{MODULE}.g_idx", desc_act=True)),
+    ("compressed-tensors, groups of 64", of_weights(actorder="weight")),
+    ("compressed-tensors, groups of 64", of_weights(actorder="static")),
+    ("compressed-tensors, one scale an output", of_weights(actorder="group")),
+]
+
+
+@pytest.mark.parametrize(("scheme", "change"), IN_ORDER)
+def test_inputs_in_the_order_of_their_groups_are_read_whatever_the_flags(
+    scheme: str, change: Change, tmp_path: Path
+) -> None:
+    quantization, write, _ = SCHEMES[scheme]
+    path, meant = writers.checkpoint(tmp_path / "model", quantization, write)
+    with open_source(changed(path, change)) as source:
+        np.testing.assert_array_equal(source.tensors[Q].rows(0, 128), meant[Q])
+
+
+def test_symmetric_weights_of_awq_have_no_other_zero_point_than_8(tmp_path: Path) -> None:
+    path, _ = writers.checkpoint(tmp_path / "model", writers.awq_config(), writers.awq)
+    says = r"q_proj\.qzeros holds other zero points than 8, and zero_point is false"
+    with open_source(changed(path, option(zero_point=False))) as source, pytest.raises(UnsupportedError, match=says):
+        source.tensors[Q].rows(0, 128)
 
 
 @pytest.mark.parametrize("value", [0, 1])

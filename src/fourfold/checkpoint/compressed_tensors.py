@@ -7,17 +7,29 @@ A matrix (N, K) in groups of G inputs is `weight_packed` int32 (N, K/8), 8 input
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, nibbles
-from fourfold.errors import CheckpointError, UnsupportedError
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, check_order, nibbles, zero_points
+from fourfold.errors import CheckpointError
 
 _FORM = "pack-quantized"
 _HARMLESS_OF_WEIGHTS = """
-    symmetric group_size block_structure actorder observer observer_kwargs scale_dtype zp_dtype"""
+    group_size block_structure observer observer_kwargs scale_dtype zp_dtype"""
+_IN_ORDER = (False, "weight", "static")  # values of actorder
+_REORDERED = (True, "group", "dynamic")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What a group of the config says of tensors that may be absent."""
+
+    is_symmetric: bool
+    reorders: bool
 
 
 def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
@@ -29,13 +41,13 @@ def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
     for key in ("kv_cache_scheme", "moe_sparsity_config"):
         f.refuse({key}, "fourfold reads quantized weights of compressed-tensors, and nothing else that it quantizes")
     groups = f.fields("config_groups")
-    for name in groups:
-        _check_group(groups.fields(name))
+    said = [_read_group(groups.fields(name)) for name in groups]
     f.finish(("ignore", "global_compression_ratio", "version"))
-    return {f"{module}.weight": _matrix(module, parts) for module in parts.modules(".weight_packed")}
+    strictest = _Group(all(group.is_symmetric for group in said), any(group.reorders for group in said))
+    return {f"{module}.weight": _matrix(module, strictest, parts) for module in parts.modules(".weight_packed")}
 
 
-def _check_group(group: Fields) -> None:
+def _read_group(group: Fields) -> _Group:
     """Every group is int4 weights; how large its groups are is what the scales' shapes say."""
     group.only("format", _FORM)
     for key in ("input_activations", "output_activations"):
@@ -45,11 +57,15 @@ def _check_group(group: Fields) -> None:
     weights.only("type", "int")
     weights.only("strategy", "group", "channel", "tensor")
     weights.only("dynamic", False)
+    weights.only("actorder", *_IN_ORDER, *_REORDERED)
+    reorders = any(weights.equals("actorder", value) for value in _REORDERED)
+    is_symmetric = weights.flag("symmetric", True)
     weights.finish(_HARMLESS_OF_WEIGHTS.split())
     group.finish(("targets",))
+    return _Group(is_symmetric, reorders)
 
 
-def _matrix(module: str, parts: Parts) -> CodedTensor:
+def _matrix(module: str, said: _Group, parts: Parts) -> CodedTensor:
     shape = parts.take(f"{module}.weight_shape", ("int64", "int32"), (2,)).rows(0, 2)
     n, k = int(shape[0]), int(shape[1])
     if min(n, k) < 1 or k % 8:
@@ -62,15 +78,9 @@ def _matrix(module: str, parts: Parts) -> CodedTensor:
             f"{parts.where}: {module}.weight_scale has the shape {scales.shape}, of a matrix ({n}, {k})"
         )
     zero_words = None
-    if f"{module}.weight_zero_point" in parts:
+    if not said.is_symmetric or f"{module}.weight_zero_point" in parts:
         zero_words = parts.take(f"{module}.weight_zero_point", ("int32",), (-(-n // 8), groups))
-    if f"{module}.weight_g_idx" in parts:
-        order = parts.take(f"{module}.weight_g_idx", ("int32",), (k,)).rows(0, k)
-        if not np.array_equal(order, np.arange(k) // (k // groups)):
-            raise UnsupportedError(
-                f"{parts.where}: {module}.weight_g_idx deals the inputs out to groups in another order (actorder),"
-                " which fourfold does not undo; use a checkpoint quantized with actorder null or weight"
-            )
+    check_order(f"{module}.weight_g_idx", k, k // groups, "actorder", said.reorders, "null or weight", parts)
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
         return nibbles(words.rows(start, stop))
@@ -78,9 +88,7 @@ def _matrix(module: str, parts: Parts) -> CodedTensor:
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
         if zero_words is None:
             return np.full((stop - start, groups), 8, np.int8)
-        first, last = start // 8, -(-stop // 8)
-        by_group = nibbles(zero_words.rows(first, last).T)  # (groups, outputs of whole words)
-        return by_group[:, start - 8 * first : stop - 8 * first].T.view(np.int8)
+        return zero_points(zero_words.rows(start // 8, -(-stop // 8)).T, start, stop)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         if len(scales.shape) == 2:

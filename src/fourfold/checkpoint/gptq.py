@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, nibbles
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, check_order, checked_group, nibbles, zero_points
 from fourfold.errors import CheckpointError, UnsupportedError
 
 EIGHT_ONES = 0x11111111  # 1 as each zero point of a word
 _HARMLESS = """
-    sym damp_percent damp_auto_increment static_groups true_sequential act_group_aware mse lm_head dataset
+    sym damp_percent damp_auto_increment true_sequential act_group_aware mse lm_head dataset
     tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize
     module_name_preceding_first_block batch_size pad_token_id max_input_length cache_block_outputs
-    modules_in_block_to_quantize use_exllama disable_exllama exllama_config use_cuda_fp16 backend desc_act
+    modules_in_block_to_quantize use_exllama disable_exllama exllama_config use_cuda_fp16 backend
     modules_to_not_convert"""
 
 
@@ -38,13 +38,18 @@ def read(f: Fields, parts: Parts) -> dict[str, CodedTensor]:
     is_less_one = "gptq_v2" not in (f.text("checkpoint_format", "gptq"), f.text("format", "gptq"))
     borrows = any(name.startswith("gptqmodel") for name in f.fields("meta").texts("quantizer"))
     group = None if f.equals("group_size", -1) else f.size("group_size")
+    was_reordered, is_static = f.flag("desc_act", False), f.flag("static_groups", False)
+    reorders = was_reordered and not is_static  # static groups keep the inputs' own order
     f.finish(_HARMLESS.split())
     return {
-        f"{module}.weight": _matrix(module, group, is_less_one, borrows, parts) for module in parts.modules(".qweight")
+        f"{module}.weight": _matrix(module, group, is_less_one, borrows, reorders, parts)
+        for module in parts.modules(".qweight")
     }
 
 
-def _matrix(module: str, group: int | None, is_less_one: bool, borrows: bool, parts: Parts) -> CodedTensor:
+def _matrix(
+    module: str, group: int | None, is_less_one: bool, borrows: bool, reorders: bool, parts: Parts
+) -> CodedTensor:
     words = parts.take(f"{module}.qweight", ("int32",))
     if len(words.shape) != 2 or min(words.shape) < 1 or words.shape[1] % 8:
         raise CheckpointError(
@@ -54,27 +59,19 @@ def _matrix(module: str, group: int | None, is_less_one: bool, borrows: bool, pa
     group = checked_group(group, k, module, parts)
     scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
     zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
-    if f"{module}.g_idx" in parts:
-        order = parts.take(f"{module}.g_idx", ("int32",), (k,)).rows(0, k)
-        if not np.array_equal(order, np.arange(k) // group):
-            raise UnsupportedError(
-                f"{parts.where}: {module}.g_idx deals the inputs out to groups in another order (desc_act), which"
-                " fourfold does not undo; use a checkpoint quantized with desc_act false"
-            )
+    check_order(f"{module}.g_idx", k, group, "desc_act", reorders, "false", parts)
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
         return nibbles(words.rows(0, k // 8)[:, start:stop].T)
 
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
-        first, last = start // 8, -(-stop // 8)
-        stored = zero_words.rows(0, k // group)[:, first:last].view(np.uint32)
+        stored = zero_words.rows(0, k // group)[:, start // 8 : -(-stop // 8)].view(np.uint32)
         if is_less_one and not borrows and (nibbles(stored) == 15).any():
             raise UnsupportedError(
                 f"{parts.where}: {module}.qzeros holds a 15, which some programs take for the zero point 16 and some"
                 " for 0; use a checkpoint saved as gptq_v2, where zero points are stored as they are"
             )
-        whole = stored + np.uint32(EIGHT_ONES if is_less_one else 0)
-        return nibbles(whole)[:, start - 8 * first : stop - 8 * first].T.view(np.int8)
+        return zero_points(stored + np.uint32(EIGHT_ONES if is_less_one else 0), start, stop)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
         return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)

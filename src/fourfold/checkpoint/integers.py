@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts, block_type, misfit
 from fourfold.config import WeightFormat
-from fourfold.errors import CheckpointError
+from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.format import TILE_K
 
 SCALE_TYPES = ("float16", "bfloat16", "float32")
@@ -102,6 +102,30 @@ def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
     if k % group:
         raise CheckpointError(f"{parts.where}: {module} has {k} inputs, which groups of {group} do not divide evenly")
     return group
+
+
+def check_order(name: str, k: int, group: int, option: str, is_set: bool, right: str, parts: Parts) -> None:
+    """Whether the K inputs lie in the order of their groups, as the tensor of that name says, or its absence.
+
+    Raises UnsupportedError where they do not, and where it is absent though the config sets `option`, which needs it;
+    `right` is what the option would have to be.
+    """
+    if name in parts:
+        if not np.array_equal(parts.take(name, ("int32",), (k,)).rows(0, k), np.arange(k) // group):
+            raise UnsupportedError(
+                f"{parts.where}: {name} deals the inputs out to groups in another order ({option}), which fourfold does"
+                f" not undo; use a checkpoint quantized with {option} {right}"
+            )
+    elif is_set and group != k:
+        raise UnsupportedError(
+            f"{parts.where} lacks the tensor {name}, which says in what order the inputs belong to groups ({option});"
+            f" use a checkpoint quantized with {option} {right}"
+        )
+
+
+def zero_points(words: NDArray[Any], start: int, stop: int) -> NDArray[np.int8]:
+    """Those of outputs [start, stop), (stop - start, K / G), in words (K / G, n), of which the first holds `start`."""
+    return nibbles(words)[:, start % 8 : start % 8 + stop - start].T.view(np.int8)
 
 
 def nibbles(words: NDArray[Any]) -> NDArray[np.uint8]:

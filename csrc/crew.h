@@ -25,8 +25,8 @@ class Crew {
     virtual void run(size_t n, Job job) = 0;
 };
 
-// Our own threads: as many as were ever asked for at once, one for each i, which spin for a moment and then sleep. A
-// forked child starts its own. Throws std::system_error where the system gives no more threads.
+// Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms and
+// then sleep. A forked child starts its own. Throws std::system_error where the system gives no more threads.
 Crew& own_crew();
 
 // The entry points of a loaded OpenMP runtime, by the names under which GCC's and LLVM's export them.

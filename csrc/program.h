@@ -171,11 +171,12 @@ class Program : public std::enable_shared_from_this<Program> {
     std::map<std::string, std::string> kernels(size_t m, RowClass row_class) const;
     std::vector<std::string> op_names() const;
 
-    // Positions that attention takes as one piece, whatever the threads and the other sequences: whole pages, and at
-    // most kMostChunks pieces of the context.
+    // Positions that attention takes as one piece, whatever the threads and the other sequences: a multiple of the 256
+    // that tiles take together, and at most kMostChunks pieces of the context.
     static constexpr size_t kLeastChunk = 256, kMostChunks = 32;
     static size_t attend_chunk(size_t context) {
-        return std::max(kLeastChunk, ((context + kMostChunks - 1) / kMostChunks + kPage - 1) / kPage * kPage);
+        const size_t least = kLeastChunk * kMostChunks;
+        return kLeastChunk * std::max<size_t>(1, (context + least - 1) / least);
     }
     // Fewer items a thread than this, and attention divides their chunks instead.
     static constexpr size_t kSplitItems = 2;

@@ -230,3 +230,14 @@ def test_the_table_chooses_these_rows(isa: str, kv: str) -> None:
         assert _core.choose_attend(isa, kv, m, "few") == plain
         assert _core.choose_attend(isa, kv, m, "many") == tiled
         assert _core.choose_attend(isa, kv, m, "best") == (tiled if m >= 33 else plain)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_the_tile_unit_attends_as_its_emulation_does(kv: str) -> None:
+    if "amx" not in ISAS:
+        pytest.skip(f"attend_{kv}_amx needs amx")
+    for d, n_queries, seen in ((64, 16, 700), (80, 5, 65), (128, 1, 300), (33, 9, 130)):
+        q, k, v = numbers(n_queries, d), numbers(seen, d, seed=1), numbers(seen, d, seed=2)
+        n_positions = [seen - n_queries + 1 + i for i in range(n_queries)]
+        by_unit, by_emulation = (attend(f"attend_{kv}_amx{of}", q, k, v, n_positions) for of in ("", "_emulated"))
+        assert (by_unit == by_emulation).all()

@@ -10,7 +10,8 @@
 //   accuracy  queries (times the scale) and softmax weights (times int8's scales) rounded to bfloat16, sums in
 //             float32, subnormals as zero
 //
-// What a query does not see weighs exactly 0 and adds nothing, so its sums are the same bits whoever shares its tiles.
+// What a query does not see weighs exactly 0 and, where it is finite, adds nothing: sums are the same bits whoever
+// shares the tiles.
 
 constexpr size_t kTileRowBytes = 64;
 constexpr size_t kTogether = 4 * kPage;  // positions

@@ -7,7 +7,7 @@
 //              8 inputs at a time; paid once for 512 tokens
 //   reuse      each loaded tile takes part in 2 products; x is loaded past the L1 cache, which is w's
 //   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products
-//   accuracy   x and w rounded to bfloat16 (2^-9 each), sums in float32, subnormals as zero
+//   accuracy   x and w rounded to bfloat16 (2^-8 each), sums in float32, subnormals as zero
 //
 // Rows of y beyond M are never touched: the last band's sums go through scratch.
 

@@ -4,7 +4,7 @@
 //              row of x before the next: decoding is paid once for all M
 //   registers  16 rows x 16 outputs of sums, one vector of 16 weight pairs; x pairs are broadcast from memory
 //   bound      by vdpbf16ps: 16 a weight vector, one load of weights and 16 broadcasts beside them
-//   accuracy   x and w rounded to bfloat16 (2^-9 each), sums in float32
+//   accuracy   x and w rounded to bfloat16 (2^-8 each), sums in float32
 #include <algorithm>
 #include <utility>
 

@@ -60,6 +60,7 @@ def bench_decode(
     ] = None,
     repeats: Repeats = None,
     isa: Isa = None,
+    attend: Attend = None,
     json: Json = False,
 ) -> None:
     """A model, token by token: ms a step and GB/s against the read bandwidth."""
@@ -78,6 +79,7 @@ def bench_prefill(
     tokens: Tokens = None,
     repeats: Repeats = None,
     isa: Isa = None,
+    attend: Attend = None,
     json: Json = False,
 ) -> None:
     """A model over a whole prompt: tokens/s and FLOP/s against the peak."""

@@ -49,6 +49,7 @@ Trace = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write a trace of every thread for Perfetto, and show a table.")
 ]
 Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
+Attend = Annotated[str | None, typer.Option(help="Force a kernel of attention by its name.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]
 Start = Annotated[int | None, typer.Option("--context", help="Random tokens that go before (default: 0).")]

@@ -34,12 +34,13 @@ def decode(
     batch: int = 1,
     repeats: int = 5,
     isa: str | None = None,
+    attend: str | None = None,
 ) -> dict[str, Any]:
     """Time steps of a token for each of `batch` texts, `tokens` steps one after another, all texts from position
     `context` on, and the bytes that each step must read: the weights once and every text's KV cache.
     """
     check_counts(tokens=tokens, batch=batch, repeats=repeats, ranks=ranks, threads=threads)
-    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa, batch) as run:
+    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa, batch, attend) as run:
         limits = Limits(read_machine(), run.engine.plan, read=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_one_by_one) / tokens
         weight_bytes = run.engine.bytes_per_token()
@@ -76,10 +77,11 @@ def prefill(
     tokens: int = 512,
     repeats: int = 5,
     isa: str | None = None,
+    attend: str | None = None,
 ) -> dict[str, Any]:
     """Time of a prompt of `tokens` after `context` others, and the multiplications it must do."""
     check_counts(tokens=tokens, repeats=repeats, ranks=ranks, threads=threads)
-    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa) as run:
+    with loaded(model, format, threads, ranks, context, kv, weights, tokens, isa, attend=attend) as run:
         limits = Limits(read_machine(), run.engine.plan, peak=True, disk=run.engine.measure_disk)
         seconds = run.times(repeats, limits, run.feed_at_once)
         matrix_flop = prompt_flop(run.stored, tokens)
@@ -204,6 +206,7 @@ def loaded(
     n_tokens: int,
     isa: str | None,
     batch: int = 1,
+    attend: str | None = None,
 ) -> Iterator[Run]:
     """A model for measuring, `start` tokens of each text in its cache and room for n_tokens more; closed at the end."""
     if start < 0:
@@ -223,6 +226,7 @@ def loaded(
             kv=kv,
             weights=weights,
             sequences=batch,
+            attend=attend or "",
             report=report,
         )
     if engine.slowness:

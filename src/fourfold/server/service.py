@@ -73,11 +73,12 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever changes the bits of answers: the version, the weights' form, the kernels."""
+        """Changes with whatever changes the bits of answers: the version, the weights' form, the kernels, the context."""
         import fourfold
 
-        what = {name: self.facts.get(name) for name in ("model_type", "format", "kv", "isa", "ranks", "kernels_decode")}
-        text = json.dumps([fourfold.__version__, self.name, what], sort_keys=True, default=str)
+        names = ("model_type", "format", "kv", "isa", "ranks", "kernels_decode", "kernels_prefill")
+        what = {name: self.facts.get(name) for name in names}
+        text = json.dumps([fourfold.__version__, self.name, self.context, what], sort_keys=True, default=str)
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property

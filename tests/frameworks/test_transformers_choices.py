@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fourfold.errors import UnsupportedError
+from fourfold.errors import UnsupportedError, UserError
 
 torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: `make frameworks`")
@@ -16,7 +18,9 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: `make fra
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
+from fourfold.torch import Linear  # noqa: E402
 from fourfold.transformers import FourfoldConfig  # noqa: E402
+from fourfold.transformers.choosing import PLAIN  # noqa: E402
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
 HEADS = {**SMALL, "num_attention_heads": 4}
@@ -119,3 +123,45 @@ def test_a_saved_model_is_not_given_another_config(checkpoint: Callable[[str], P
     model = load(tmp_path, FourfoldConfig("nf4", ["lm_head"]))
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+def quantized(model: Any) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        ("falcon", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        ("mamba", {"in_proj", "x_proj", "out_proj"}),  # it multiplies by dt_proj.weight itself
+        ("mamba2", {"in_proj", "out_proj"}),
+    ],
+)
+@pytest.mark.parametrize("kept", [None, []], ids=["head kept", "head too"])
+def test_linears_are_taken_where_their_model_only_calls_them(
+    kind: str, taken: set[str], kept: list[str] | None, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain = logits(load(checkpoint(kind)))
+    exact = load(checkpoint(kind), FourfoldConfig("f32", kept))
+    assert quantized(exact) == taken | ({"lm_head"} if kind == "falcon" and kept == [] else set())
+    torch.testing.assert_close(logits(exact), plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
+    model = load(checkpoint(kind), FourfoldConfig("nf4", kept), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_a_head_whose_weight_its_model_uses_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match=r"Mamba2ForCausalLM uses lm_head\.weight itself, so lm_head must stay"):
+        load(checkpoint("mamba2"), FourfoldConfig(head="int8"))
+
+
+def test_linears_of_classes_that_are_not_known_are_named(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(PLAIN, "FalconLinear", "another product")
+    named = r"transformer\.h\.\*\.mlp\.dense_h_to_4h\.weight \(FalconLinear\)"
+    with pytest.raises(UserError, match=f"FalconForCausalLM has no matrix to quantize beside lm_head, .*{named}"):
+        load(checkpoint("falcon"), FourfoldConfig())
+    with caplog.at_level(logging.WARNING, "fourfold.transformers"):
+        assert quantized(load(checkpoint("falcon"), FourfoldConfig(head="int8"))) == {"lm_head"}
+    assert re.search(named, caplog.text)

@@ -22,6 +22,7 @@ from fourfold.errors import CheckpointError, UnsupportedError, UserError
 from fourfold.torch.embedding import TiedEmbedding
 from fourfold.torch.linear import Linear
 from fourfold.torch.ops import NUMBER_TYPES
+from fourfold.transformers.choosing import is_linear, is_read
 from fourfold.transformers.config import METHOD, FourfoldConfig
 from fourfold.transformers.experts import (
     are_experts,
@@ -106,31 +107,39 @@ class FourfoldQuantizer(HfQuantizer):
             kept = [name for name in kept if name != self._head]
             if not should_convert_module(self._head, given or []):
                 raise UserError(f"{self._head} is to be left by modules_to_not_convert, and quantized by head")
-        found = self._exchange(model, kept)
-        found = self._exchange_experts(model, kept) or found
+            if is_read(model, self._head):
+                raise UnsupportedError(
+                    f"{type(model).__name__} uses {self._head}.weight itself, so {self._head} must stay as it is"
+                )
+        found = self._exchange(model, kept) + self._exchange_experts(model, kept)
         if not found:
-            raise UserError(f"{type(model).__name__} has no matrix to quantize beside {', '.join(sorted(kept))}")
+            known = ", ".join([*sorted(kept), *_left(model, kept, [], 1)])
+            raise UserError(f"{type(model).__name__} has no matrix to quantize beside {known}")
         if self.pre_quantized and checkpoint_files:
             check_files(checkpoint_files, self.quantization_config.formats)
         if not self.pre_quantized:
-            _say_what_is_left(model, kept, self._tied)
+            only_head = all(model.get_submodule(name) is model.get_output_embeddings() for name in found)
+            worth_saying = 1 if only_head else WORTH_SAYING
+            if left := _left(model, kept, self._tied, worth_saying):
+                which = ", ".join(left)
+                log.warning("left as they are, for fourfold does not know how they are computed with: %s", which)
 
-    def _exchange(self, model: PreTrainedModel, kept: list[str]) -> bool:
-        """Puts empty quantized modules in their places; whether there are any, or will be."""
-        found = False
+    def _exchange(self, model: PreTrainedModel, kept: list[str]) -> list[str]:
+        """Puts empty quantized modules in their places; the names of these, and of those that will be."""
+        found = []
         dtype = model.dtype
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, kept):
                 continue
-            if type(module) is nn.Linear or isinstance(module, Conv1D):
+            if is_linear(module) and not is_read(model, name):
                 if not self.pre_quantized and len(_sharing(model, name)) > 1:
                     self._tied.append(name)
                 else:
                     _put(model, name, self._empty(name, module), dtype)
-                found = True
+                found.append(name)
         return found
 
-    def _exchange_experts(self, model: PreTrainedModel, kept: list[str]) -> bool:
+    def _exchange_experts(self, model: PreTrainedModel, kept: list[str]) -> list[str]:
         experts = {name: module for name, module in model.named_modules() if are_experts(module)}
         taken = {name for name in experts if should_convert_module(name, kept)}
         default = model.get_correct_experts_implementation(None)
@@ -141,7 +150,7 @@ class FourfoldQuantizer(HfQuantizer):
                 setattr(module, READ, True)
             else:
                 leave_experts(module, default)
-        return bool(taken)
+        return sorted(taken)
 
     def _empty(self, name: str, module: nn.Module) -> Linear:
         transposed = isinstance(module, Conv1D)
@@ -255,14 +264,13 @@ def _touches(conversion: Any, name: str) -> bool:
     return any(copy.copy(way).rename_source_key(name)[1] is not None for way in ways)
 
 
-def _say_what_is_left(model: nn.Module, kept: list[str], waiting: Sequence[str]) -> None:
+def _left(model: nn.Module, kept: list[str], waiting: Sequence[str], size: int) -> list[str]:
+    """Matrices of this many numbers that nobody wanted to be left: names, of all layers at once, with their classes."""
     left: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path in waiting or not should_convert_module(path, kept):
             continue
         for name, tensor in module.named_parameters(recurse=False):
-            if tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() >= WORTH_SAYING:
-                left[re.sub(r"\d+", "*", f"{path}.{name}")] = type(module).__name__
-    if left:
-        which = ", ".join(f"{name} ({kind})" for name, kind in left.items())
-        log.warning("left as they are, for fourfold does not know how they are computed with: %s", which)
+            if tensor.is_floating_point() and tensor.dim() > 1 and tensor.numel() >= size:
+                left[re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{path}.{name}")] = type(module).__name__
+    return [f"{name} ({kind})" for name, kind in left.items()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,3 +167,24 @@ def test_linears_of_classes_that_are_not_known_are_named(
     with caplog.at_level(logging.WARNING, "fourfold.transformers"):
         assert quantized(load(checkpoint("falcon"), FourfoldConfig(head="int8"))) == {"lm_head"}
     assert re.search(named, caplog.text)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantized_head_is_not_resized(tied: bool, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    plain = load(checkpoint("llama"))
+    plain.config.tie_word_embeddings = tied
+    plain.tie_weights()
+    plain.save_pretrained(tmp_path)
+    kept = load(tmp_path, FourfoldConfig())
+    assert kept.resize_token_embeddings(130).weight.shape == (130, 64)
+    model = load(tmp_path, FourfoldConfig(head="int8"))
+    model.save_pretrained(tmp_path / "saved")
+    for quantized in (model, load(tmp_path / "saved"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(UnsupportedError, match=r"cannot be resized; dequantize\(\) the model first"):
+            quantized.resize_token_embeddings(130)
+    if tied:
+        with pytest.raises(UnsupportedError, match="cannot be resized"):
+            model.model.resize_token_embeddings(130)
+    model.dequantize()
+    assert model.resize_token_embeddings(130).weight.shape == (130, 64)
+    assert logits(model).shape == (2, 6, 130)

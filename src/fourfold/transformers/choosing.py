@@ -37,7 +37,6 @@ def _is_plain(kind: Any) -> bool:
     return product is not None and product in _source(kind)
 
 
-@cache
 def _reads(holder: Any, own: str) -> bool:
     for kind in holder.__mro__:
         source = "" if kind in PreTrainedModel.__mro__ else _source(kind)

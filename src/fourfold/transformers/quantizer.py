@@ -36,6 +36,8 @@ from fourfold.transformers.loading import READ, Quantize, check_all_read, check_
 
 WORTH_SAYING = 1 << 20  # numbers in a matrix that is left as it is
 
+RESIZE = "resize_token_embeddings"
+
 log = logging.getLogger("fourfold.transformers")
 
 
@@ -180,12 +182,17 @@ class FourfoldQuantizer(HfQuantizer):
             head = Linear.from_float(model.get_submodule(name), format=self._format(name))
             head.bias = None if head.bias is None else nn.Parameter(head.bias.detach().clone(), requires_grad=False)
             _put(model, name, head, model.dtype)
+        for part in _parts_of(model):
+            if isinstance(part.get_output_embeddings(), Linear) or isinstance(_embedding_of(part), TiedEmbedding):
+                vars(part)[RESIZE] = _refuse_to_resize
         # What a saved model's tensors were read from is not theirs any more: they are saved as they lie.
         model._weight_conversions = _sparing(model._weight_conversions, model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        for part in _parts_of(model):
+            vars(part).pop(RESIZE, None)
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -198,6 +205,23 @@ class FourfoldQuantizer(HfQuantizer):
                 rows = module.head.dequantize().to(wanted)
                 model.set_submodule(name, nn.Embedding.from_pretrained(rows).train(module.training))
         return model
+
+
+def _parts_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
+    with suppress(NotImplementedError):  # images have none
+        return model.get_input_embeddings()
+    return None
+
+
+def _refuse_to_resize(*_: Any, **__: Any) -> nn.Embedding:
+    raise UnsupportedError(
+        "a quantized head, and an embedding that is read from it, cannot be resized; dequantize() the model first, or "
+        "resize the unquantized one, save it, and quantize that"
+    )
 
 
 def _head_of(model: PreTrainedModel) -> str:

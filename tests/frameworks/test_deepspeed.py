@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: `make frame
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: `make frameworks`")
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from deepspeed_cases import CASES, GOLDEN, MODELS, PLAIN_LLAMA, PROMPTS, SAVED, built, logits  # noqa: E402
@@ -289,6 +290,19 @@ def test_a_filter_is_a_matrix(taps: int, padding: int, bias: bool) -> None:
     assert not TapConv2d.can_be(nn.Conv2d(6, 10, (2, 1), padding=(1, 0), padding_mode="circular"))
     with pytest.raises(UserError, match="its kernel must be one wide"):
         TapConv2d.from_float(nn.Conv2d(6, 10, 3), format="f32")
+
+
+def test_a_filter_keeps_its_hooks() -> None:
+    plain = nn.Conv2d(6, 10, (2, 1)).eval()
+    for name in ("weight", "bias"):
+        prune.l1_unstructured(plain, name, 0.5)
+    plain.register_forward_hook(lambda module, args, y: y * 3)
+    made, x = TapConv2d.from_float(plain, format="f32"), torch.randn(2, 6, 5, 3)
+    assert not made.training
+    torch.testing.assert_close(made(x), plain(x), atol=1e-5, rtol=0)
+    plain.forward = plain.forward
+    with pytest.raises(UserError, match="its forward was replaced"):
+        TapConv2d.from_float(plain, format="f32")
 
 
 def test_a_choice_and_a_copy(reports: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from fourfold.errors import UserError
 from fourfold.torch import Linear
+from fourfold.torch.hooks import keep_hooks, make_weight, same_bias
 
 
 class TapConv2d(nn.Module):
@@ -30,14 +31,18 @@ class TapConv2d(nn.Module):
 
     @classmethod
     def from_float(cls, convolution: nn.Conv2d, *, format: str) -> TapConv2d:
-        """The same convolution, quantized; its bias is shared. Raises UserError where a weight is not finite."""
+        """The same convolution, quantized; its bias and its hooks are shared. Raises as `Linear.from_float` does."""
         if not cls.can_be(convolution):
             raise UserError(f"{convolution} is no matrix: its kernel must be one wide, without strides and groups")
+        make_weight(convolution)
         n, channels, taps, _ = convolution.weight.shape
         matrix = nn.Linear(taps * channels, n, bias=False, device="meta")
         weight = convolution.weight.detach().squeeze(3).transpose(1, 2).reshape(n, taps * channels)
-        matrix.weight, matrix.bias = nn.Parameter(weight, requires_grad=False), convolution.bias
-        return cls(Linear.from_float(matrix, format=format), taps, convolution.padding[0])
+        matrix.weight, matrix.bias = nn.Parameter(weight, requires_grad=False), same_bias(convolution)
+        made = cls(Linear.from_float(matrix, format=format), taps, convolution.padding[0])
+        keep_hooks(convolution, made)
+        made.train(convolution.training)
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         rows = functional.pad(input.permute(0, 2, 3, 1), (0, 0, 0, 0, self.padding, self.padding))

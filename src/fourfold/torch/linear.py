@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fourfold.errors import UserError
 from fourfold.matrix import QuantizedMatrix, check_format, quantize
 from fourfold.torch.direct import is_unobserved, multiply
+from fourfold.torch.hooks import keep_hooks, make_weight, same_bias
 from fourfold.torch.ops import weight_shapes
 
 FORMAT_BYTES = 8  # no shorter than the longest name of a format, as ASCII
@@ -59,11 +60,19 @@ class Linear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, *, format: str = "nf4") -> Self:
-        """The same linear, quantized; its bias is shared. Raises UserError where a weight is not finite."""
+        """The same linear, quantized; its bias and its hooks for calls are shared.
+
+        Raises UserError where a weight is not finite or is float64, which the kernels do not multiply, and where the
+        linear's `forward` was replaced.
+        """
         if linear.weight.device.type != "cpu":
             raise UserError(f"weights are quantized on the CPU; this linear's are on {linear.weight.device}")
+        make_weight(linear)
+        if linear.weight.dtype == torch.float64:
+            raise UserError("products of float64 are not quantized: cast the linear to float32, or leave it out")
         made = cls.from_matrix(quantize(linear.weight.detach(), format))
-        made.bias = linear.bias
+        made.bias = same_bias(linear)
+        keep_hooks(linear, made)
         made.train(linear.training)
         return made
 

@@ -20,10 +20,11 @@ def quantize_(model: nn.Module, format: str = "nf4", *, choose: Choice | None = 
     One at a time: a weight's own memory is free before the next is quantized, so beside the model there is never more
     than one quantized matrix. `choose(name, linear)` says which; by default all do. Subclasses of nn.Linear are left
     alone, for they compute something of their own. A linear that stands in two places is one afterwards too; a weight
-    that an embedding shares stays the embedding's.
+    that an embedding shares stays the embedding's. Hooks for calls stay; a PyTorch encoder layer calls its linears one
+    by one, never its fused kernel.
 
     Raises UserError for an unknown format, for a model that is a linear itself, and where a weight is not a finite
-    number (what was exchanged before it stays exchanged).
+    number or is float64, or a `forward` was replaced (what was exchanged before it stays exchanged).
     """
     check_format(format)
     if type(model) is nn.Linear:
@@ -53,8 +54,22 @@ def exchange_(model: nn.Module, maker: Callable[[str, nn.Module], Make | None]) 
             raise type(error)(f"{where[0][1]} of {type(where[0][0]).__name__}: {error}") from None
         for parent, name in where:
             setattr(parent, name, made)
+            _keep_unfused(parent)
         del module
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(_is_unfused(layer) for layer in encoder.layers):
+            encoder.use_nested_tensor = False  # which only the fused layers take
     return model
+
+
+def _keep_unfused(parent: nn.Module) -> None:
+    """A PyTorch encoder layer hands its linears' weights to a fused kernel, without calling them, where this is set."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+
+
+def _is_unfused(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.TransformerEncoderLayer) and not layer.activation_relu_or_gelu
 
 
 _Places = dict[nn.Module, tuple[Make, list[tuple[nn.Module, str]]]]

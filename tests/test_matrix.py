@@ -105,6 +105,14 @@ class Foreign:
         return self._array.__dlpack_device__()
 
 
+class Typed(Foreign):
+    """One that says its type, too."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        super().__init__(array)
+        self.dtype = str(array.dtype)
+
+
 def test_other_arrays_are_read_where_they_lie() -> None:
     weights, x = numbers(40, 64), numbers(3, 64)
     assert matrix.as_array(Foreign(x)).ctypes.data == x.ctypes.data
@@ -151,6 +159,18 @@ W = fourfold.quantize(numbers(40, 64))
         (lambda: fourfold.quantize(np.empty((0, 64), np.float32)), "neither empty"),
         (lambda: fourfold.quantize(np.ones((4, 4), np.int64)), "not int64"),
         (lambda: fourfold.quantize(numbers(4, 4), "nf5"), "there is no format 'nf5'; choose one of nf4"),
+        (lambda: fourfold.quantize(Typed(np.ones((4, 4), np.uint16))), "not uint16; convert them first"),
+        (lambda: fourfold.quantize(np.ones((4, 4), ml_dtypes.float8_e4m3fn)), "not float8_e4m3fn; .* by the scales"),
+        (
+            lambda: fourfold.quantize(np.ones((4, 4), ">f4")),
+            r"byte order, not as >f4; use array\.astype",
+        ),
+        (lambda: fourfold.quantize(None), "NoneType is no array of numbers"),
+        (lambda: fourfold.quantize([[1.0, 2.0], [3.0]]), "list is no array of numbers: .*inhomogeneous"),
+        (lambda: fourfold.quantize(numbers(4, 4), threads=-1), "threads must be a whole number from 1 to 4096, not -1"),
+        (lambda: fourfold.quantize(numbers(4, 4), threads=0), "threads must be .*, not 0"),
+        (lambda: fourfold.linear(numbers(3, 64), W, threads=0), "threads must be .*, not 0"),
+        (lambda: fourfold.linear(numbers(3, 64), W, threads=1.5), r"threads must be .*, not 1\.5"),
         (lambda: fourfold.quantize(np.full((4, 4), np.nan, np.float32)), "finite numbers: row 0 holds NaN"),
         (lambda: fourfold.linear(numbers(3, 63), W), r"last axis of x must be the matrix's 64 inputs; x is \(3, 63\)"),
         (lambda: fourfold.linear(np.float32(1), W), "last axis of x"),

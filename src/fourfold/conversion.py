@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -31,15 +31,15 @@ import fourfold._core as _core
 from fourfold.checkpoint import Source, check_complete, open_source
 from fourfold.checkpoint.fourfold_dir import VERSION, Progress, kind_of, open_directory
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
-from fourfold.config import FORMATS, WeightFormat
+from fourfold.config import WeightFormat
 from fourfold.errors import CheckpointError, RuntimeFailure, UserError
 from fourfold.format import SCALED, TILE_N, n_panels, panel_bytes, stored_bytes
 from fourfold.keep import DEFAULT_FORMAT, Formats, choose_formats, is_coded, read_blocks
-from fourfold.machine import choose_isa, read_machine
+from fourfold.machine import checked_threads, choose_isa
+from fourfold.matrix import check_format
 from fourfold.models import WeightSpec, weight_specs
 from fourfold.pipeline import ahead
 
-MAX_THREADS = 4096
 PIECE_BYTES = 8 << 20  # of weights as float32
 READ_AHEAD = 8  # pieces read before a thread is free for them
 AS_CODED = "as-coded"  # in place of a format in a cached directory's name, where a quantized source decides
@@ -87,7 +87,7 @@ def convert(
     CheckpointError where the source is incomplete or holds a number that is not finite, UserError where `dst` exists,
     and ResourceError where the disk has no room.
     """
-    asked, n_threads = None if fmt is None else checked_format(fmt), checked_threads(threads)
+    asked, n_threads = None if fmt is None else check_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
     formats = choose_formats(specs, source, asked)
@@ -131,7 +131,7 @@ def cached(
     FOURFOLD_CACHE names another place for the cache. Raises what `open_source` and `convert` raise, and CheckpointError
     where the conversion that was kept is damaged, naming the directory to delete.
     """
-    asked = None if fmt is None else checked_format(fmt)
+    asked = None if fmt is None else check_format(fmt)
     root = cache_root()
     with open_source(source_path) as source:
         fmt = asked or (AS_CODED if is_coded(source) else DEFAULT_FORMAT)
@@ -176,20 +176,6 @@ def _locked(path: Path) -> IO[str]:
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
         lock.close()
-
-
-def checked_format(fmt: str) -> WeightFormat:
-    """The same format. Raises UserError where there is none of that name."""
-    if fmt not in FORMATS:
-        raise UserError(f"there is no format {fmt!r}; choose one of {', '.join(FORMATS)}")
-    return cast(WeightFormat, fmt)
-
-
-def checked_threads(threads: int | None) -> int:
-    """The same number, or the machine's where it is None. Raises UserError for an impossible one."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads}")
-    return threads or read_machine().n_threads
 
 
 @dataclass(frozen=True)

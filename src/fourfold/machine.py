@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 
 import fourfold._core as _core
-from fourfold.errors import ResourceError, UnsupportedError
+from fourfold.errors import ResourceError, UnsupportedError, UserError
 
 MAX_RANKS = 64  # of the native core too
+MAX_THREADS = 4096
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,15 @@ def read_machine(root: str = "/") -> Machine:
         available_bytes=native.available_bytes(),
         n_threads=native.n_threads(),
     )
+
+
+def checked_threads(threads: int | None) -> int:
+    """The same number, or the machine's where it is None. Raises UserError for an impossible one."""
+    if threads is None:
+        return read_machine().n_threads
+    if not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
+        raise UserError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
+    return int(threads)
 
 
 def address_space_left() -> int | None:

@@ -18,7 +18,7 @@ import fourfold._core as _core
 from fourfold.config import WeightFormat
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
-from fourfold.machine import read_machine
+from fourfold.machine import checked_threads, read_machine
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # The native core's numbering of what it takes and gives (csrc/format.h, NumberType).
@@ -73,9 +73,9 @@ class QuantizedMatrix:
 def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> QuantizedMatrix:
     """A weight matrix (N, K) of float32, float16, bfloat16 or float64, as `y = x @ w.T` wants it, in a weight format.
 
-    Raises UserError for another shape or type, and where a weight is NaN or infinite.
+    Raises UserError for another shape or type, an impossible number of threads, and where a weight is NaN or infinite.
     """
-    chosen, rows = check_format(format), as_array(array)
+    chosen, n_threads, rows = check_format(format), _n_threads(threads), as_array(array)
     if rows.ndim != 2 or 0 in rows.shape:
         raise UserError(f"a weight matrix has two axes (outputs, inputs), neither empty; this array is {rows.shape}")
     n, k = rows.shape
@@ -84,7 +84,7 @@ def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> 
     source = np.ascontiguousarray(rows)
     try:
         words = source.view(np.uint16) if source.dtype == BF16 else source
-        _core.pack(words, chosen, panels, scales, threads=threads or default_threads())
+        _core.pack(words, chosen, panels, scales, threads=n_threads)
     except ValueError as error:
         raise UserError(f"weights must be finite numbers: {error}") from None
     return QuantizedMatrix(chosen, (n, k), panels, scales)
@@ -94,8 +94,10 @@ def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None 
     """y = x Wᵀ + bias: x (..., K), w (N, K), bias (N,); y (..., N) of x's type.
 
     x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result
-    is the same bits whatever the number of threads. Raises UserError for other shapes and types.
+    is the same bits whatever the number of threads. Raises UserError for other shapes and types, and for an impossible
+    number of threads.
     """
+    n_threads = _n_threads(threads)
     if not isinstance(w, QuantizedMatrix):
         raise UserError(f"linear multiplies by what fourfold.quantize made, not by {type(w).__name__}")
     n, k = w.shape
@@ -124,14 +126,17 @@ def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None 
         bias_type=0 if plus is None else NUMBER_TYPES[plus.dtype],
         y=y.ctypes.data,
         y_type=NUMBER_TYPES[y.dtype],
-        threads=threads or default_threads(),
+        threads=n_threads,
         openmp=False,
     )
     return y
 
 
 def as_array(array: Any) -> NDArray[Any]:
-    """Anything array-like as float32, float16 or bfloat16, without a copy where it is one of them already."""
+    """Anything array-like as float32, float16 or bfloat16, without a copy where it is one of them already.
+
+    Raises UserError for other numbers, and for what is no array of numbers.
+    """
     if isinstance(array, np.ndarray):
         found = array
     elif hasattr(array, "__dlpack__"):
@@ -142,15 +147,31 @@ def as_array(array: Any) -> NDArray[Any]:
                 f"{type(array).__name__} cannot be read as a CPU array of floating-point numbers ({error}); detach it, "
                 "or move it to the CPU, first"
             ) from None
-        if found.dtype == np.uint16:
+        if found.dtype == np.uint16 and "uint16" not in str(getattr(array, "dtype", "")):
             found = found.view(BF16)
     else:
-        found = np.asarray(array)
+        try:
+            found = np.asarray(array)
+        except ValueError as error:
+            raise UserError(f"{type(array).__name__} is no array of numbers: {error}") from None
     if found.dtype == np.float64:
         found = found.astype(np.float32)
     if found.dtype not in NUMBER_TYPES:
-        raise UserError(f"numbers must be float32, float16, bfloat16 or float64, not {found.dtype}")
+        raise _unfit(array, found)
     return found
+
+
+def _unfit(array: Any, found: NDArray[Any]) -> UserError:
+    if not found.dtype.isnative:
+        return UserError(
+            f"numbers must lie in this machine's byte order, not as {found.dtype}; use"
+            " array.astype(array.dtype.newbyteorder('='))"
+        )
+    kind = getattr(array, "dtype", found.dtype)
+    if kind == np.dtype(object):
+        return UserError(f"{type(array).__name__} is no array of numbers")
+    scales = ", multiplied by the scales that lie beside such weights" if "float8" in str(kind) else ""
+    return UserError(f"numbers must be float32, float16, bfloat16 or float64, not {kind}; convert them first{scales}")
 
 
 def check_format(format: str) -> WeightFormat:
@@ -176,6 +197,10 @@ def huge_empty(shape: tuple[int, int]) -> NDArray[np.uint8]:
 def default_threads() -> int:
     """One a usable core."""
     return read_machine().n_threads
+
+
+def _n_threads(threads: int | None) -> int:
+    return default_threads() if threads is None else checked_threads(threads)
 
 
 def _is_plain(array: NDArray[Any], dtype: type) -> bool:

@@ -28,10 +28,10 @@ from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.fourfold_dir import Progress, kind_of
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import ModelConfig, WeightFormat
-from fourfold.conversion import checked_format, checked_threads
 from fourfold.errors import UserError
 from fourfold.format import CODE_BYTES, GROUP_TILES, SCALE_BYTES, SCALED, TILE_K, TILE_N, n_panels, panel_bytes
-from fourfold.machine import choose_isa
+from fourfold.machine import checked_threads, choose_isa
+from fourfold.matrix import check_format
 from fourfold.models import WeightSpec
 
 POOL_GROUPS = 2048  # 4 MB of NF4: drawn from, it stays in the caches
@@ -58,7 +58,7 @@ def synthesize(
     `progress` counts bytes written. Raises UserError where `dst` exists or for a model, format, seed or number of
     threads that cannot be, ResourceError where the disk has no room.
     """
-    fmt, n_threads = checked_format(fmt), checked_threads(threads)
+    fmt, n_threads = check_format(fmt), checked_threads(threads)
     check(config, "what is asked for")
     if seed < 0:
         raise UserError(f"seed must be at least 0, not {seed}")

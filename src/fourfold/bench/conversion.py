@@ -20,11 +20,12 @@ import fourfold._core as _core
 from fourfold.bench.limits import Limits, check_counts, fractions, spread
 from fourfold.checkpoint import open_source
 from fourfold.checkpoint.hf_config import model_config
-from fourfold.conversion import checked_format, checked_threads, convert
+from fourfold.conversion import convert
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
 from fourfold.keep import DEFAULT_FORMAT
-from fourfold.machine import Machine, choose_isa, plan_ranks, read_machine
+from fourfold.machine import Machine, checked_threads, choose_isa, plan_ranks, read_machine
+from fourfold.matrix import check_format
 from fourfold.models import weight_specs
 
 # The checkpoint that is made where none is given; layers are added until it is large enough.
@@ -51,7 +52,7 @@ def quantize(
     away again. Raises UserError for what cannot be asked, and what `convert` raises.
     """
     check_counts(repeats=repeats)
-    fmt, n_threads = checked_format(format or DEFAULT_FORMAT), checked_threads(threads)
+    fmt, n_threads = check_format(format or DEFAULT_FORMAT), checked_threads(threads)
     if not 0 < gigabytes < 1e6:
         raise UserError(f"gigabytes must be more than 0, not {gigabytes}")
     with tempfile.TemporaryDirectory(prefix="fourfold-bench-", dir=directory) as place:
@@ -111,7 +112,7 @@ class _ConversionLimits(Limits):
         rows = np.random.default_rng(0).standard_normal(LIMIT_SHAPE, np.float32)
         self._rows = rows.astype(ml_dtypes.bfloat16).view(np.uint16)
         n, k = LIMIT_SHAPE
-        self._panels = np.ones((n_panels(n), panel_bytes(checked_format(run.format), k)), np.uint8)
+        self._panels = np.ones((n_panels(n), panel_bytes(check_format(run.format), k)), np.uint8)
         self._scales = np.empty(len(self._panels), np.float32) if run.format in SCALED else None
 
     def fractions_of_pack(self, rates: Sequence[float]) -> dict[str, float]:

@@ -227,6 +227,10 @@ def test_adapters_train_on_fixed_weights(kind: str, checkpoint: Callable[[str], 
         optimizer.zero_grad()
         losses.append(loss.detach().item())
     assert losses[-1] < losses[0] - 0.1
+    with pytest.raises(RuntimeError, match="must match the size"):  # DoRA needs the norm of the weights
+        peft.get_peft_model(
+            load(checkpoint(kind), kind, FourfoldConfig()), peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
+        )
     with pytest.raises(RuntimeError, match="must match the size"):
         adapted.merge_adapter()  # floats are not added to codes
     after = {name.replace("base_layer.", ""): tensor for name, tensor in model.state_dict().items()}

@@ -121,22 +121,30 @@ def _directory(model: str, cache: Path) -> Path:
     if model not in ("smollm2", "llama-1b"):
         return Path(model)
     directory = cache / model
-    if not (directory / "config.json").exists():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
-
-        if model == "llama-1b":
-            torch.manual_seed(0)
-            made = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
-        else:
-            gguf = source_path("smollm2")
-            plain = GgufConfig(gguf_file=gguf.name, dequantize=True)
-            made = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
-            )
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-        made.save_pretrained(directory)
+    if not directory.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / model
+            _make(model, made)
+            made.rename(directory)
     return directory
+
+
+def _make(model: str, directory: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
+
+    if model == "llama-1b":
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
+    else:
+        gguf = source_path("smollm2")
+        plain = GgufConfig(gguf_file=gguf.name, dequantize=True)
+        made = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
+        )
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+    made.save_pretrained(directory)
 
 
 def _vocabulary(directory: Path) -> int:

@@ -105,7 +105,10 @@ class Linear(nn.Linear):
         return y
 
     def dequantize(self) -> Tensor:
-        """The weight that is multiplied by: float32 (N, K)."""
+        """The format's weight, float32 (N, K).
+
+        For few rows of nf4 and fp4_bnb the kernels round its codebook to bytes: docs/frameworks.md.
+        """
         values: Tensor = torch.ops.fourfold.dequantize(
             self.weight, self.weight_scale, self.format, self.out_features, self.in_features
         )

@@ -287,6 +287,8 @@ def test_mixed_precision_is_that_of_the_layer(policy: str) -> None:
     [
         (lambda: quantize(small_model(), "nf5"), "there is no format 'nf5'"),
         (lambda: quantize(Subclassed()), "has no weights yet; call or build the model"),
+        (lambda: quantize(keras.Sequential([layers.Dense(4, name="head")])), "^head has no weights yet"),
+        (lambda: quantize(3), "quantize takes a Keras model or layer, not int"),
         (lambda: dense(fmt="nf5"), "there is no format 'nf5'"),
         (lambda: Dense(0), "a layer needs units"),
         (lambda: Dense(5, dtype="float64").build((1, 4)), "computes in float64"),

@@ -67,6 +67,9 @@ def test_weights_of_another_format_are_refused_by_files_and_read_as_what_they_ar
     path = tf.train.Checkpoint(model).save(str(tmp_path / "checkpoint"))
     tf.train.Checkpoint(other).restore(path).expect_partial()  # behind the layer's back
     assert np.array_equal(other(x), model(x))
+    assert other.layers[0].format == "nf4"
+    other.save(tmp_path / "other.keras")
+    assert np.array_equal(keras.models.load_model(tmp_path / "other.keras")(x), model(x))
 
 
 @pytest.mark.parametrize("damage", ["weight", "weight_scale", "bias"])

@@ -32,12 +32,22 @@ class Packed(keras.layers.Layer):
     `bias`, or None, is a variable as Keras' is, and alone can be trained.
     """
 
-    format: WeightFormat
     outputs: int  # N
     input_axes: tuple[int, ...]  # the input's last axes, which are summed over
     inputs: int  # K: their product
     weight: keras.Variable
     bias: keras.Variable | None
+
+    @property
+    def format(self) -> WeightFormat:
+        """What the weights are in, as they say themselves: a checkpoint of TensorFlow's may have brought another.
+
+        Before there are any, what was asked for. Raises UserError where their bytes name no format.
+        """
+        if not hasattr(self, "weight"):
+            return self._asked
+        with tf.init_scope():
+            return stored.format_named(as_bytes(self.weight)[-stored.NAME_BYTES :])
 
     def hold(
         self, outputs: int, input_axes: tuple[int, ...], n_axes: int | None, matrix: QuantizedMatrix | None = None
@@ -143,7 +153,7 @@ class Packed(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.format = check_format(format)
+        self._asked = check_format(format)
         self.supports_masking = True
 
 
@@ -278,7 +288,7 @@ def exchange(layer: keras.layers.Layer, format: WeightFormat, packed: QuantizedM
         vars(layer).pop(wrapped, None)
     layer._tracker.unlock()
     layer.__class__ = PLAIN[type(layer)]
-    layer.format = format
+    layer._asked = format
     outputs, inputs = sizes[: product.n_outputs], sizes[product.n_outputs :]
     layer.hold(math.prod(outputs), tuple(inputs), product.n_axes, packed)
     layer._tracker.lock()

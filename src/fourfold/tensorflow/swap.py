@@ -31,10 +31,13 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
     that Keras itself has quantized or given a LoRA. What makes or trains a kernel (its initializer, regularizer,
     constraint) is dropped with it.
 
-    Raises UserError for an unknown format, for a layer without weights (call the model first), for a model whose
-    optimizer holds the weights, and where a weight is not a finite number (what was exchanged before stays exchanged).
+    Raises UserError for an unknown format, for what is no layer of Keras', for a layer without weights (call the model
+    first), for a model whose optimizer holds the weights, and where a weight is not a finite number (what was exchanged
+    before stays exchanged).
     """
     chosen = check_format(format)
+    if not isinstance(model, keras.layers.Layer):
+        raise UserError(f"quantize takes a Keras model or layer, not {type(model).__name__}")
     parts: list[Any] = model._flatten_layers()
     models = [part for part in parts if isinstance(part, keras.Model)]
     if any(getattr(part.optimizer, "built", False) for part in models if getattr(part, "optimizer", None)):
@@ -48,7 +51,9 @@ def quantize(model: keras.layers.Layer, format: str = "nf4", *, choose: Choice |
         if why := _obstacle(layer):
             left.append(f"{layer.path} ({why})")
         elif not layer.built:
-            raise UserError(f"{layer.path} has no weights yet; call or build the model before it is quantized")
+            raise UserError(
+                f"{layer.path or layer.name} has no weights yet; call or build the model before it is quantized"
+            )
         else:
             exchanged.append(layer)
     for layer in exchanged:

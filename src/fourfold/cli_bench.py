@@ -10,6 +10,7 @@ import typer
 
 from fourfold.cli_options import (
     MODEL,
+    Attend,
     Format,
     Isa,
     Json,

@@ -73,7 +73,7 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever changes the bits of answers: the version, the weights' form, the kernels, the context."""
+        """Changes with whatever changes the bits of answers: version, weights' form, kernels, context."""
         import fourfold
 
         names = ("model_type", "format", "kv", "isa", "ranks", "kernels_decode", "kernels_prefill")

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import fourfold._core as _core
+from closeness import Floats, close, numbers
 
 ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in _core.attend_kernels()}
 ISAS = _core.read_machine().isas()
 EPS = 2.0**-24  # of float32, to nearest
 HEAD_DIMS = (8, 16, 48, 64, 80, 128)
 ODD_DIMS = (1, 7, 31, 33, 40, 63, 65, 96, 112, 127, 192, 200, 255, 256)
-
-Floats = NDArray[np.float32]
 
 
 @pytest.fixture(params=ROWS, scope="module")
@@ -33,19 +32,6 @@ def kernel(request: pytest.FixtureRequest) -> str:
     if ROWS[name]["isa"] not in ISAS:
         pytest.skip(f"{name} needs {ROWS[name]['isa']}")
     return name
-
-
-def numbers(*shape: int, seed: int = 0) -> Floats:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
-
-
-def close(got: Any, expected: Any, allowed: Any) -> None:
-    """Within `allowed`, element by element; the worst is shown."""
-    got, expected, allowed = (np.broadcast_to(x, np.shape(expected)) for x in (got, expected, allowed))
-    assert np.isfinite(got).all()
-    excess = np.abs(got - expected) - allowed
-    i = np.unravel_index(excess.argmax(), excess.shape)
-    assert excess[i] <= 0, f"at {i}: {got[i]:.9g}, not {expected[i]:.9g} within {allowed[i]:.3g}"
 
 
 def as_stored(x: Floats, kv: str) -> NDArray[np.float64]:

@@ -5,33 +5,17 @@ Tolerances are computed: float32 rounds each of the operations that lead to a re
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import fourfold._core as _core
+from closeness import close, numbers
 
 EPS = 2.0**-24  # of float32, to nearest
 E_87 = 1.7e-38  # exp() stops here: what is smaller need not be
 SIZES = (1, 7, 15, 16, 17, 48, 64, 100, 576)
 
-Floats = NDArray[np.float32]
 by_isa = pytest.mark.parametrize("isa", [isa for isa in _core.read_machine().isas() if isa != "amx"])
-
-
-def numbers(*shape: int, seed: int = 0) -> Floats:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
-
-
-def close(got: Any, expected: Any, allowed: Any) -> None:
-    """Within `allowed`, element by element; the worst is shown."""
-    got, expected, allowed = (np.broadcast_to(x, np.shape(expected)) for x in (got, expected, allowed))
-    assert np.isfinite(got).all()
-    excess = np.abs(got - expected) - allowed
-    i = np.unravel_index(excess.argmax(), excess.shape)
-    assert excess[i] <= 0, f"at {i}: {got[i]:.9g}, not {expected[i]:.9g} within {allowed[i]:.3g}"
 
 
 @by_isa

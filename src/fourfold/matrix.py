@@ -8,14 +8,14 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 import fourfold._core as _core
-from fourfold.config import WeightFormat
+from fourfold.config import FORMATS, WeightFormat
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
 from fourfold.machine import checked_threads, read_machine
@@ -176,8 +176,8 @@ def _unfit(array: Any, found: NDArray[Any]) -> UserError:
 
 def check_format(format: str) -> WeightFormat:
     """The format, known to be one. Raises UserError."""
-    if format not in get_args(WeightFormat):
-        raise UserError(f"there is no format {format!r}; choose one of {', '.join(get_args(WeightFormat))}")
+    if format not in FORMATS:
+        raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
     return cast(WeightFormat, format)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +51,6 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 HAS_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directories of unquantized random models in float32, made when they are first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def directory(kind: str) -> Path:
-        if not (root / kind).exists():
-            auto, options = MODELS[kind]
-            torch.manual_seed(0)
-            config = transformers.AutoConfig.for_model(kind, **options)
-            auto.from_config(config).save_pretrained(root / kind)
-        return root / kind
-
-    return directory
 
 
 def load(directory: Path, kind: str = "llama", config: FourfoldConfig | None = None, **options: Any) -> Any:

@@ -6,7 +6,7 @@ import copy
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +26,15 @@ from fourfold.transformers.choosing import PLAIN  # noqa: E402
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
 HEADS = {**SMALL, "num_attention_heads": 4}
-MODELS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False},
     "mixtral": {**HEADS, "num_key_value_heads": 2, "intermediate_size": 96, "num_local_experts": 4},
     "falcon": HEADS,
     "mamba": {**SMALL, "state_size": 8},
     "mamba2": {**SMALL, "state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
 }
+MODELS = {kind: (AutoModelForCausalLM, options) for kind, options in OPTIONS.items()}
 IDS = torch.arange(1, 13).view(2, 6)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    transformers.logging.disable_progress_bar()
-    yield
-    transformers.logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directories of unquantized random models in float32, made when they are first asked for."""
-    root = tmp_path_factory.mktemp("models")
-
-    def directory(kind: str) -> Path:
-        if not (root / kind).exists():
-            torch.manual_seed(0)
-            config = transformers.AutoConfig.for_model(kind, **MODELS[kind])
-            AutoModelForCausalLM.from_config(config).save_pretrained(root / kind)
-        return root / kind
-
-    return directory
 
 
 def load(directory: Path, config: FourfoldConfig | None = None, **options: Any) -> Any:

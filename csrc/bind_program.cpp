@@ -156,16 +156,19 @@ void bind_program(nb::module_& m) {
             "add_linear",
             [](Program& p, int src, const std::vector<PartTuple>& parts, const std::vector<Array<const float, 1>>& norm,
                float eps, int up, const std::string& gate, int base, int sum,
-               const std::vector<Array<const float, 1>>& sum_bias) {
+               const std::vector<Array<const float, 1>>& sum_bias, bool is_for_next) {
                 std::vector<Program::LinearPart> linear;
                 for (const auto& [weight, dst, bias] : parts) linear.push_back({weight, dst, place(p, bias)});
                 p.add_linear({src, place(p, norm), eps, up, gate_named(gate)}, std::move(linear),
-                             {base, sum, place(p, sum_bias)});
+                             {base, sum, place(p, sum_bias)}, is_for_next);
             },
             "src"_a, "parts"_a, nb::kw_only(), "norm"_a = nb::list(), "eps"_a = 0.0f, "up"_a = Program::kNone,
             "gate"_a = "silu", "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
+            "is_for_next"_a = false,
             "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input\n"
-            "is normed with. sum: where base + outputs + sum_bias goes.")
+            "is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of "
+            "the\n"
+            "next op's input, and of nothing else.")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {

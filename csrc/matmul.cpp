@@ -45,7 +45,7 @@ class Block {
           n_threads_(n_threads),
           n_panels_(panels_of(a.w.n)),
           k_tiles_(tiles_of(a.w.k)),
-          padded_m_(kernel.activation == Activation::bf16 ? (m + 15) / 16 * 16 : m),
+          padded_m_(padded_rows(kernel.activation, m)),
           is_direct_(a.y_type == NumberType::f32 && a.w.n % kTileN == 0),
           chunk_(is_direct_ ? n_panels_ : std::clamp<size_t>(kSumBytes / (m * kTileN * sizeof(float)), 1, n_panels_)),
           row_bytes_(in_lines(std::max(a.w.k, kTileN) * sizeof(float))),
@@ -84,7 +84,8 @@ class Block {
             rows_.pack(kernel_.activation, x, stride, m_, a_.w.k, k_tiles_, first, last, 0, k_tiles_, packed_);
         };
         const void* x = advance(a_.x, a_.x_type, first_row_ * a_.x_stride);
-        if (a_.x_type == NumberType::f32) return pack(static_cast<const float*>(x), a_.x_stride, begin, end);
+        if (a_.x_type == NumberType::f32)
+            return pack(static_cast<const float*>(x) + begin * a_.x_stride, a_.x_stride, begin, end);
         for (size_t m = begin; m < end; ++m) {
             if (m < m_) rows_.widen(a_.x_type, advance(x, a_.x_type, m * a_.x_stride), a_.w.k, row(thread));
             pack(row(thread), 0, m, m + 1);

@@ -17,9 +17,16 @@ struct Ops {
     static const LinearKernel& kernel(const Program& p, Format f, size_t m, RowClass c) { return p.kernel(f, m, c); }
     static const AttendKernel& attend_kernel(const Program& p, size_t m, RowClass c) { return p.attend_kernel(m, c); }
     static uint8_t* packed(Program& p, size_t rank) { return p.packed_[rank].as(); }
+    static uint8_t* packed_next(Program& p, size_t rank) { return p.packed_next_[rank].as(); }
     static FileStream& stream(Program& p) { return *p.stream_; }
     static uint8_t* gathered(Program& p, const Worker& w) { return p.gathered_[w.rank][w.thread].as(); }
-    static uint8_t* scratch(Program& p, const Worker& w) { return p.scratch_[w.rank][w.thread].as(); }
+    // Sums of the first or second of two parts: kSumBytes that a thread has for itself.
+    static float* sums(Program& p, const Worker& w, size_t part) {
+        return reinterpret_cast<float*>(p.scratch_[w.rank][w.thread].as() + part * Program::kSumBytes);
+    }
+    static uint8_t* scratch(Program& p, const Worker& w) {
+        return p.scratch_[w.rank][w.thread].as() + 2 * Program::kSumBytes;
+    }
     static size_t attend_chunk(const Program& p) { return p.attend_chunk_; }
     static float* partials(Program& p, size_t rank) { return p.partials_[rank].as<float>(); }
     static Program::Cache& cache(Program& p, int layer) { return p.caches_[static_cast<size_t>(layer)]; }
@@ -64,13 +71,25 @@ struct LinearOp : Op {
     std::vector<Program::LinearPart> parts;
     Program::LinearSum sum;
     bool is_partial;                 // its inputs are cut over ranks: a reduction follows
+    bool is_for_next;                // only the op after it reads its outputs, as gate and up of its input
     const LinearOp* next = nullptr;  // whose weights are read after these; after the last, the first of the next step
+    // Of two linears in a row, the one that packs gate(first) * second for the other while they lie in the cache.
+    const LinearOp* packs_for = nullptr;
+    bool is_packed = false;  // its input is, by the op before
     LinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
-             bool is_partial)
-        : input(std::move(input)), parts(std::move(parts)), sum(std::move(sum)), is_partial(is_partial) {}
+             bool is_partial, bool is_for_next)
+        : input(std::move(input)),
+          parts(std::move(parts)),
+          sum(std::move(sum)),
+          is_partial(is_partial),
+          is_for_next(is_for_next) {}
     void run(Program&, Worker&, const Step&) const override;
+    virtual bool is_in_memory() const { return true; }
     // The first panels that this thread reads; none where they are in no memory.
     virtual std::span<const uint8_t> first_read(Program&, const Worker&) const;
+    // Whether the op after it may have its input packed by this one: both weights are in memory, and no thread gets
+    // more than a sixteenth more to do where outputs are divided in whole tiles of inputs.
+    bool may_pack_for(Program&, const LinearOp& other, const std::vector<RankPlan>&) const;
     std::string name() const override { return "linear"; }
     bool ends_globally() const override { return is_partial; }
     void list_own(MemoryMap& map) const override {
@@ -87,23 +106,35 @@ struct LinearOp : Op {
     };
     // Packs m rows, at least one; all threads of the rank do it together.
     Packed pack(Program&, Worker&, const Step&, size_t m) const;
-    // Panels [begin, end) of the rank's slice of a part, the first of which lies at `panels`, then their bias and sum.
-    // `next` is what this thread reads after them, null where that is not known.
+    // Panels [b, e) of the rank's slice of a part, the first of which lies at `panels`, then their bias and sum. `then`
+    // is what this thread reads after them, null where that is not known.
     void multiply(Program&, const Worker&, const Step&, const Packed&, const Program::LinearPart&,
-                  const uint8_t* panels, size_t begin, size_t end, const uint8_t* next) const;
+                  const uint8_t* panels, size_t b, size_t e, const uint8_t* then) const;
     // A rank that holds none of a part's inputs still adds its zeros.
     void add_zeros(Program&, const Worker&, const Program::LinearPart&, size_t m) const;
 
   private:
+    struct Outputs {
+        float* first;  // of the panels' outputs, in the first of the rows
+        size_t stride;
+    };
+    const LinearKernel& kernel(Program&, const Step&, size_t m) const;
+    size_t input_tiles(Program&, size_t rank) const;
     // Calls f(part, its panels [begin, end) that are this thread's, where they lie) for every part, also where it has
     // none.
     template <class F>
     void each_share(Program&, const Worker&, F f) const;
+    // This thread's panels of gate, and of up: whole tiles of the next linear's inputs.
+    static std::pair<size_t, size_t> gated_share(const Worker&, size_t n_panels);
     // This thread's share of the input, in the form that the kernel reads: one row by tiles, many rows by rows.
     void pack_share(Program&, const Worker&, Activation, size_t m, size_t k_tiles) const;
-    // What follows the multiplication, in this thread's own columns [begin, end): bias and sum.
-    void finish(Program&, const Worker&, const Program::LinearPart&, float* y, size_t y_stride, size_t m, size_t begin,
-                size_t end) const;
+    // This thread's panels of every part; `after` is what it reads after them.
+    void multiply_shares(Program&, const Worker&, const Step&, const Packed&, const uint8_t* after) const;
+    // The same of gate and up, and the gated products packed for the next linear, a piece at a time.
+    void multiply_gated(Program&, const Worker&, const Step&, const Packed&, const uint8_t* after) const;
+    // Rows [m0, m0 + rows) times panels [b, e), plus the part's bias.
+    void run_kernel(Program&, const Worker&, const Packed&, const Program::LinearPart&, const uint8_t* panels, size_t b,
+                    size_t e, size_t m0, size_t rows, Outputs y, const uint8_t* then) const;
 };
 
 struct ReduceOp final : Op {

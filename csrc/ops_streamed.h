@@ -19,10 +19,11 @@ struct StreamedLinearOp final : LinearOp {
     size_t first_piece;  // among a step's
     StreamedLinearOp(Program::LinearInput input, std::vector<Program::LinearPart> parts, Program::LinearSum sum,
                      bool is_partial, std::vector<Piece> pieces, size_t first_piece)
-        : LinearOp(std::move(input), std::move(parts), std::move(sum), is_partial),
+        : LinearOp(std::move(input), std::move(parts), std::move(sum), is_partial, false),
           pieces(std::move(pieces)),
           first_piece(first_piece) {}
     void run(Program&, Worker&, const Step&) const override;
+    bool is_in_memory() const override { return false; }
     std::span<const uint8_t> first_read(Program&, const Worker&) const override { return {}; }
 
   private:

@@ -104,7 +104,7 @@ void Program::add_normed(int base, int src, Vectors w, float eps, int dst) {
     ops_.push_back(std::make_unique<NormedOp>(base, src, std::move(w), eps, dst));
 }
 
-void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum) {
+void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool is_for_next) {
     bool partial = false, in_memory = true;
     for (const LinearPart& part : parts) {
         const Weight& w = *weights_[static_cast<size_t>(part.weight)];
@@ -117,7 +117,8 @@ void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, Linea
         throw std::invalid_argument(
             "a linear adds to another activation only where one rank has all inputs of one part");
     if (!in_memory) return add_streamed_linear(std::move(input), std::move(parts), std::move(sum), partial);
-    ops_.push_back(std::make_unique<LinearOp>(std::move(input), std::move(parts), std::move(sum), partial));
+    ops_.push_back(
+        std::make_unique<LinearOp>(std::move(input), std::move(parts), std::move(sum), partial, is_for_next));
 }
 
 void Program::add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial) {
@@ -186,27 +187,37 @@ void Program::finish() {
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
         packed_.emplace_back(packed_bytes_, plan.node);
+        packed_next_.emplace_back(packed_bytes_, plan.node);
         if (!caches_.empty())
             partials_.emplace_back(attend_shared_bytes(plan.cpus.size(), options_.context, options_.head_dim),
                                    plan.node);
         auto &threads = scratch_.emplace_back(), &gathered = gathered_.emplace_back();
+        NodeArena arena(plan.node);
         for (size_t t = 0; t < plan.cpus.size(); ++t) {
-            threads.emplace_back(scratch, plan.node);
+            threads.push_back(arena.take(scratch));
             gathered.emplace_back(widest_panel, plan.node);
         }
         timelines_.emplace_back(plan.cpus.size());
         for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
     }
+    link_linears();
+    size_t n_threads = 0;
+    for (const RankPlan& plan : team_->plan()) n_threads += plan.cpus.size();
+    if (!pieces_.empty()) stream_->start(pieces_, n_threads);
+}
+
+void Program::link_linears() {
     LinearOp *first = nullptr, *last = nullptr;
     for (const auto& op : ops_)
         if (auto* linear = dynamic_cast<LinearOp*>(op.get())) {
             last ? last->next = linear : first = linear;
+            if (last && last->is_for_next && last->may_pack_for(*this, *linear, team_->plan())) {
+                last->packs_for = linear;
+                linear->is_packed = true;
+            }
             last = linear;
         }
     if (last) last->next = first;
-    size_t n_threads = 0;
-    for (const RankPlan& plan : team_->plan()) n_threads += plan.cpus.size();
-    if (!pieces_.empty()) stream_->start(pieces_, n_threads);
 }
 
 void Program::step(const Step& given) {
@@ -281,6 +292,7 @@ MemoryMap Program::memory_map() const {
     }
     for (const Buffer& buffer : buffers_) list_memory(map, "activations", buffer.memory);
     list_memory(map, "activations", packed_);
+    list_memory(map, "activations", packed_next_);
     list_memory(map, "scratch", partials_);
     for (const Cache& cache : caches_) list_memory(map, "kv", cache.pages);
     for (const auto& op : ops_) op->list_own(map);

@@ -113,7 +113,8 @@ class Program : public std::enable_shared_from_this<Program> {
         Vectors bias;  // empty: none
     };
     // What is multiplied: rows of src; with a norm's weights, their norm; with `up`, gate(src) * up. Made while the
-    // rows are brought into the kernel's form, so that it takes no pass and no barrier of its own.
+    // rows are brought into the kernel's form, so that it takes no pass and no barrier of its own, or by the linear op
+    // before, whose outputs they are.
     static constexpr int kNone = -1;
     struct LinearInput {
         int src;
@@ -128,8 +129,10 @@ class Program : public std::enable_shared_from_this<Program> {
         Vectors bias = {};
     };
     // dst = input W^T + bias for each part, the input read once. dst may be kLogits: the ranks' outputs side by side.
+    // With a sum, dst is not written. `is_for_next`: the next op is a linear whose input is gate(first) * second of the
+    // outputs, and nobody else reads them: they may never be written.
     static constexpr int kLogits = -1;
-    void add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum);
+    void add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool is_for_next);
     // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank. base may be kNone.
     void add_reduce(int partial, int base, Vectors bias, int dst);
     // Weights (head_dim) of the norms that every head of q and of k goes through before it is rotated.
@@ -186,9 +189,12 @@ class Program : public std::enable_shared_from_this<Program> {
         return threads * kSplitItems * attend_item_bytes(context, head_dim);
     }
     static size_t scratch_bytes(size_t widest_inputs, size_t context, size_t head_dim) {
-        return std::max({kLinearScratchBytes, tiles_of(widest_inputs) * kTileK * sizeof(float),
+        return 2 * kSumBytes +
+               std::max({kLinearScratchBytes, tiles_of(widest_inputs) * kTileK * sizeof(float),
                          attend_scratch_floats(head_dim) * sizeof(float) + attend_item_bytes(context, head_dim)});
     }
+    // Of sums that a thread keeps in its cache until it has added, or gated and packed, them: 512 rows of 256 outputs.
+    static constexpr size_t kSumBytes = 512 * 1024;
     static size_t attend_item_bytes(size_t context, size_t head_dim) {
         const size_t chunk = attend_chunk(context), n_chunks = (context + chunk - 1) / chunk;
         return n_chunks * kAttendQueries * attend_partial_floats(head_dim) * sizeof(float);
@@ -204,6 +210,7 @@ class Program : public std::enable_shared_from_this<Program> {
     void add_streamed_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool partial);
     const LinearKernel& kernel(Format format, size_t m, RowClass row_class) const;
     const AttendKernel& attend_kernel(size_t m, RowClass row_class) const;
+    void link_linears();                          // tells each what is read after it, and who packs for whom
     void walk(Worker& worker, const Step& step);  // one thread's part
 
     std::shared_ptr<Team> team_;
@@ -217,7 +224,7 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<RotaryTable> rotaries_;
     std::vector<Cache> caches_;
     std::vector<std::unique_ptr<Op>> ops_;
-    std::vector<NodeMemory> packed_;                // per rank: activations as the linear kernels want them
+    std::vector<NodeMemory> packed_, packed_next_;  // per rank: activations as this linear and the next want them
     std::vector<std::vector<NodeMemory>> scratch_;  // per rank and thread
     const size_t attend_chunk_;                     // positions
     std::vector<NodeMemory> partials_;              // per rank: of attention that threads share

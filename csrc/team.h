@@ -53,6 +53,9 @@ class Worker {
 
     // This thread's part of [0, count): contiguous, in units, as even as can be.
     std::pair<size_t, size_t> share(size_t count, size_t unit = 1) const {
+        return share(count, unit, thread, n_threads);
+    }
+    static std::pair<size_t, size_t> share(size_t count, size_t unit, size_t thread, size_t n_threads) {
         const size_t units = (count + unit - 1) / unit;
         const size_t begin = units * thread / n_threads * unit, end = units * (thread + 1) / n_threads * unit;
         return {begin < count ? begin : count, end < count ? end : count};

@@ -121,7 +121,7 @@ def test_what_memory_has_room_for_stays_there(
 ) -> None:
     directory = converted(shared / "golden" / "yuan-d64", "f32")
     whole = Engine(directory, ranks=ranks, kv="int8")
-    monkeypatch.setattr(fourfold.engine, "MAX_STEP_TOKENS", 64)  # so that weights outweigh activations
+    monkeypatch.setattr(fourfold.engine, "MAX_STEP_TOKENS", 8)  # so that weights outweigh activations
     need = Engine(directory, ranks=ranks, kv="int8")._footprint
     with_memory_for(share, need, whole.context, monkeypatch)
     engine = Engine(directory, ranks=ranks, kv="int8")

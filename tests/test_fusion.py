@@ -23,7 +23,8 @@ from test_program import config
 
 CONFIGS = {
     "llama": tiny.CONFIG | {"hidden_size": 200, "num_attention_heads": 10, "num_key_value_heads": 5},  # ragged tiles
-    "qwen2": tiny.QWEN2 | {"hidden_size": 256},
+    "qwen2": tiny.QWEN2 | {"hidden_size": 256, "intermediate_size": 256},
+    "ragged": tiny.QWEN2 | {"hidden_size": 256, "intermediate_size": 176},
     "yuan": tiny.YUAN,
 }
 
@@ -103,7 +104,7 @@ def logits(path: Path, **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("fmt", ["nf4", "f32"])
 @pytest.mark.parametrize(("name", "options"), [
-    ("llama", {"ranks": 1}), ("llama", {"ranks": 1, "threads": 1}), ("qwen2", {"ranks": 2}),
+    ("llama", {"ranks": 1}), ("llama", {"ranks": 1, "threads": 1}), ("qwen2", {"ranks": 2}), ("ragged", {"threads": 1}), ("ragged", {"ranks": 2}),
     ("yuan", {"ranks": 1}), ("yuan", {"ranks": 3}),
 ])  # fmt: skip
 def test_fused_or_not_a_model_gives_the_same_bits(
@@ -125,3 +126,28 @@ def test_a_sum_over_ranks_is_not_a_linears_own() -> None:
     weight = _core.make_weight("f32", 16, 128, [([(0, 16)], [(0, 64)]), ([(0, 16)], [(64, 128)])], make_team(2))
     with pytest.raises(ValueError, match="only where one rank has all inputs of one part"):
         program.add_linear(x, [(program.add_weight(weight), y, [])], base=total, sum=total)
+
+
+def ops_that_pack(path: Path, **options: Any) -> list[bool]:
+    """Of each linear op: whether it spent time on packing its input."""
+    engine = Engine(path, **options)
+    engine._program.record(True)
+    engine.extend(engine.new_sequence(), [1, 2, 3])
+    packed = set()
+    for rank, plan in enumerate(engine.plan):
+        for thread in range(len(plan.cpus)):
+            marks = np.frombuffer(engine._program.marks(rank, thread), "<i8, <i4, <i4")
+            packed |= {int(op) for _, op, phase in marks if _core.PHASES[phase] == "pack"}
+    names = engine._program.op_names
+    engine.close()
+    return [i in packed for i, name in enumerate(names) if name == "linear"]
+
+
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 2}, {"ranks": 2}])
+@pytest.mark.parametrize("name", ["qwen2", "ragged"])
+def test_gate_and_up_are_packed_by_whoever_made_them(directory: Any, name: str, options: dict[str, Any]) -> None:
+    layer = [True, True, True, False]  # q k v; o; gate and up; down
+    packs = ops_that_pack(directory(name, "nf4"), **options)
+    if name == "ragged" and options == {"threads": 2}:  # whole tiles would give one of a rank's threads more to do
+        layer[-1] = True
+    assert packs == layer * CONFIGS[name]["num_hidden_layers"] + [True]

@@ -83,7 +83,7 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 NATIVE_FLOORS = (
     ("isa", "format", "tensorflow_api", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
     ("file_stream", "kernels", "pack", "place", "probe", "weight"),
-    ("matmul", "program", "ops", "ops_attention", "ops_streamed"),
+    ("matmul", "program", "ops", "ops_linear", "ops_attention", "ops_streamed"),
     ("tensorflow_op", "tensorflow_library"),
     (
         *("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe"),

@@ -40,7 +40,9 @@ struct I16Row {
     }
 };
 
-// Bytes of M packed rows.
+// M, or as many rows as its whole bands have.
+constexpr size_t padded_rows(Activation a, size_t m) { return a == Activation::bf16 ? (m + 15) / 16 * 16 : m; }
+// Bytes of M packed rows, and where row M begins, for M a multiple of 16.
 size_t packed_bytes(Activation a, size_t m, size_t k_tiles);
 
 struct LinearArgs {
@@ -186,8 +188,8 @@ struct RowKernels {
     void (*kv_store)(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v);
     // Zeros positions slot .. kPage - 1; touches no byte of those before.
     void (*kv_clear)(KvFormat format, uint8_t* page, size_t slot, size_t d);
-    // Packs tiles [t0, t1) of rows [m0, m1) of x (rows x_stride floats apart, K = k valid columns) for linear kernels.
-    // m0 and m1 may run to M rounded up to 16 for bf16, whose rows from M on are written as zeros.
+    // Packs tiles [t0, t1) of rows [m0, m1) of an (m, k) matrix for linear kernels; x is where tile t0 of row m0 lies,
+    // rows x_stride floats apart. m0 and m1 may run to padded_rows, of which those from m on are written as zeros.
     void (*pack)(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0,
                  size_t m1, size_t t0, size_t t1, uint8_t* out);
     // One row of a weight as float32: row n of the matrix whose first panel is given.

@@ -79,11 +79,11 @@ void add_parts(const float* base, const float* const* parts, size_t n_parts, con
     }
 }
 
-// Tile t of a row of k values, in the row itself where it is whole, else in `padded`: zero beyond k.
-inline const float* take_tile(const float* row, size_t t, size_t k, float (&padded)[kTileK]) {
+// Tile t of a row of k values, where it lies if it is whole, else in `padded`: zero beyond k.
+inline const float* take_tile(const float* tile, size_t t, size_t k, float (&padded)[kTileK]) {
     const size_t begin = t * kTileK, count = begin >= k ? 0 : k - begin;
-    if (count >= kTileK) return row + begin;
-    std::memcpy(padded, row + begin, count * sizeof(float));
+    if (count >= kTileK) return tile;
+    std::memcpy(padded, tile, count * sizeof(float));
     std::memset(padded + count, 0, (kTileK - count) * sizeof(float));
     return padded;
 }
@@ -120,7 +120,8 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
     for (size_t row = m0; row < m1; ++row)
         for (size_t t = t0; t < t1; ++t) {
             alignas(64) float padded[kTileK];
-            const float* tile = row < m ? take_tile(x + row * x_stride, t, k, padded) : nullptr;
+            const float* tile =
+                row < m ? take_tile(x + (row - m0) * x_stride + (t - t0) * kTileK, t, k, padded) : nullptr;
             if (a == Activation::bf16) {
                 uint8_t* to = out + row / 16 * (k_tiles * 2048) + t * 2048 + row % 16 * 64;
                 for (size_t half = 0; half < 2; ++half, to += 1024)

@@ -332,10 +332,12 @@ class Program:
         sum_bias: Sequence[
             Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)]
         ] = [],
+        is_for_next: bool = False,
     ) -> None:
         """
         parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input
-        is normed with. sum: where base + outputs + sum_bias goes.
+        is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of the
+        next op's input, and of nothing else.
         """
 
     def add_reduce(

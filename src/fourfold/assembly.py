@@ -91,22 +91,24 @@ class Assembly:
         self._program.add_normed(base, x, self._vectors(op.vectors[0]), eps, self._buffer(op, 0, write=True))
 
     def _linear(self, op: Op) -> None:
+        none = _core.Program.NONE
         outs = [self._buffer(op, i, write=True) for i in range(len(op.writes))] or [_core.Program.LOGITS]
-        *reads, base = [self._buffer(op, i) for i in range(len(op.reads))] + [_core.Program.NONE] * (not op.sums)
+        *reads, base = [self._buffer(op, i) for i in range(len(op.reads))] + [none] * (not op.sums)
         parts = [
-            (self._weight(*weight), out, self._vectors(bias))
-            for weight, out, bias in zip(op.weights, outs[: len(op.weights)], op.vectors, strict=True)
+            (self._weight(*weight), none if op.sums else out, self._vectors(bias))
+            for weight, out, bias in zip(op.weights, outs, op.vectors, strict=True)
         ]
         self._program.add_linear(
             reads[0],
             parts,
             norm=self._vectors(op.norm),
             eps=self._builder.config.norm_eps,
-            up=reads[1] if op.gate else _core.Program.NONE,
+            up=reads[1] if op.gate else none,
             gate=op.gate or "silu",
             base=base,
-            sum=outs[-1] if op.sums else _core.Program.NONE,
+            sum=outs[0] if op.sums else none,
             sum_bias=self._vectors(op.sum_bias),
+            is_for_next=op.is_for_next,
         )
 
     def _reduce(self, op: Op) -> None:

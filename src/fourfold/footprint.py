@@ -103,7 +103,7 @@ def footprint(
         n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())
         on_disk.append(n_panels * F32 + len(cuts) * SMALL_PAGE + threads[rank] * _room(panel))
         kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
-        rows = [packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
+        rows = [packed, packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
         scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
         partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
         filters = [op.reads[0].cut.widths[rank] for op in builder.ops if op.kind == "with_previous"]

@@ -15,7 +15,10 @@ from fourfold.program import Activation, Op
 
 
 def fuse(ops: Sequence[Op], n_ranks: int) -> list[Op]:
-    """Norms and gates whose only reader is a linear op become its input, and with one rank sums become its output."""
+    """Norms and gates whose only reader is a linear op become its input, and with one rank sums become its output.
+
+    A linear op that makes gate and up for the next one, and for nobody else, is told so.
+    """
     fused: list[Op] = list(ops)
     for i, op in enumerate(ops):
         if op.kind in ("norm", "gated"):
@@ -26,7 +29,8 @@ def fuse(ops: Sequence[Op], n_ranks: int) -> list[Op]:
         elif op.kind == "reduce" and n_ranks == 1:
             fused[i - 1] = _with_sum(fused[i - 1], op)
             fused[i] = _NOTHING
-    return [op for op in fused if op is not _NOTHING]
+    fused = [op for op in fused if op is not _NOTHING]
+    return [replace(op, is_for_next=_is_for_next(fused, i)) for i, op in enumerate(fused)]
 
 
 def one_format_each(ops: Sequence[Op], formats: Mapping[str, WeightFormat]) -> list[Op]:
@@ -55,14 +59,21 @@ def _with_input(linear: Op, made: Op) -> Op:
 
 
 def _with_sum(linear: Op, reduce: Op) -> Op:
-    """The linear op still leaves its products in an activation of their own: the base may be the sum."""
     return replace(
         linear,
         reads=(*linear.reads, reduce.reads[1]),
-        writes=(*linear.writes, *reduce.writes),
+        writes=reduce.writes,
         sums=True,
         sum_bias=reduce.vectors[0],
     )
+
+
+def _is_for_next(ops: Sequence[Op], i: int) -> bool:
+    op, after = ops[i], ops[i + 1 : i + 2]
+    if op.kind != "linear" or not after or not after[0].gate or after[0].kind != "linear":
+        return False
+    others = [*ops[: i + 1], *ops[i + 2 :]]
+    return op.writes == after[0].reads[:2] and not any(_touches(other.reads, a) for other in others for a in op.writes)
 
 
 def _touches(some: Sequence[Activation], activation: Activation) -> bool:

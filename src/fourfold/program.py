@@ -113,7 +113,7 @@ class Op:
     """One op. `weights` and vectors name weights; their cuts say what each rank holds.
 
     A linear op reads its input, or the gate and what it gates, then the base of its sum if it has one; it writes an
-    activation for each weight (the head none), then the sum.
+    activation for each weight, the head none, and where it has a sum that alone.
     """
 
     kind: OpKind
@@ -124,8 +124,9 @@ class Op:
     layer: int = 0
     norm: Vector | None = None  # of a linear op: its input is normed with it
     gate: Gate | None = None  # of a gated op, or of a linear op: its input is gate(first) · second
-    sums: bool = False  # of a linear op: base + its outputs (+ bias) is written as well
+    sums: bool = False  # of a linear op: base + its outputs (+ bias) is what is written
     sum_bias: Vector | None = None
+    is_for_next: bool = False  # of a linear op: the next one, its only reader, gates its outputs
 
 
 @dataclass

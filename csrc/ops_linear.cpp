@@ -157,30 +157,33 @@ void LinearOp::pack_share(Program& p, const Worker& worker, Activation form, siz
 void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, const Packed& packed,
                         const Program::LinearPart& part, const uint8_t* panels, size_t b, size_t e,
                         const uint8_t* then) const {
-    const size_t r = worker.rank;
+    if (b == e) return;
+    const size_t r = worker.rank, m = packed.m;
     const Weight& w = Ops::weight(p, part.weight);
     const size_t bytes = panel_bytes(w.format, w.slice(r).k_tiles);
-    if (sum.dst != Program::kNone) {  // nobody else wants the outputs: they stay in the cache, a piece at a time
-        const Buffer &plus = Ops::buffer(p, sum.base), &to = Ops::buffer(p, sum.dst);
-        each_piece(packed.m, b, e, 1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
-            const uint8_t* const at = panels + (begin - b) * bytes;
-            const Outputs y = {Ops::sums(p, worker, 0), (end - begin) * kTileN};
-            run_kernel(p, worker, packed, part, at, begin, end, m0, rows, y,
-                       end < e ? at + (end - begin) * bytes : then);
-            const size_t n0 = begin * kTileN, count = std::min(end * kTileN, to.width[r]) - n0;
-            const float* bias = sum.bias.empty() ? nullptr : sum.bias[r].data() + n0;
-            for (size_t i = 0; i < rows; ++i) {
-                const float* outputs = y.first + i * y.stride;
-                Ops::rows(p).add_parts(plus.row(r, m0 + i) + n0, &outputs, 1, bias, count, to.row(r, m0 + i) + n0);
-            }
-        });
+    const bool adds = sum.dst != Program::kNone, to_logits = !adds && part.dst == Program::kLogits;
+    const Buffer* const to = to_logits ? nullptr : &Ops::buffer(p, adds ? sum.dst : part.dst);
+    float* const y = to ? to->row(r, 0) : step.logits + w.slice(r).plan.outputs[0].begin;
+    const size_t stride = to ? to->stride[r] : step.logits_stride;
+    if (!adds && m < kManyRows) {
+        run_kernel(p, worker, packed, part, panels, b, e, 0, m, {y + b * kTileN, stride}, then);
         return;
     }
-    if (b == e) return;
-    const bool to_logits = part.dst == Program::kLogits;
-    float* y = to_logits ? step.logits + w.slice(r).plan.outputs[0].begin : Ops::buffer(p, part.dst).row(r, 0);
-    const size_t stride = to_logits ? step.logits_stride : Ops::buffer(p, part.dst).stride[r];
-    run_kernel(p, worker, packed, part, panels, b, e, 0, packed.m, {y + b * kTileN, stride}, then);
+    each_piece(m, b, e, 1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
+        const uint8_t *const at = panels + (begin - b) * bytes, *const behind = panels + (end - b) * bytes;
+        const Outputs sums = {Ops::sums(p, worker, 0), (end - begin) * kTileN};
+        run_kernel(p, worker, packed, part, at, begin, end, m0, rows, sums, end < e ? behind : then);
+        const size_t n0 = begin * kTileN, count = std::min(end * kTileN, to ? to->width[r] : stride) - n0;
+        const float* bias = sum.bias.empty() ? nullptr : sum.bias[r].data() + n0;
+        for (size_t i = 0; i < rows; ++i) {
+            const float* outputs = sums.first + i * sums.stride;
+            float* const out = y + (m0 + i) * stride + n0;
+            if (adds)
+                Ops::rows(p).add_parts(Ops::buffer(p, sum.base).row(r, m0 + i) + n0, &outputs, 1, bias, count, out);
+            else
+                std::memcpy(out, outputs, count * sizeof(float));
+        }
+    });
 }
 
 void LinearOp::multiply_gated(Program& p, const Worker& worker, const Step& step, const Packed& packed,

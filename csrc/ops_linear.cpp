@@ -14,12 +14,14 @@ constexpr size_t kRowsAtOnce = 512;              // as many as the AMX kernel ta
 constexpr size_t kTilePanels = kTileK / kTileN;  // of outputs, for a tile of the next linear's inputs
 
 // Calls f(first row, rows, first panel, end) for pieces of m rows times panels [b, e), in units of panels, each with
-// kSumBytes of sums at most.
+// kSumBytes of sums at most and none much smaller than another.
 template <class F>
 void each_piece(size_t m, size_t b, size_t e, size_t unit, F f) {
-    for (size_t m0 = 0; m0 < m; m0 += kRowsAtOnce) {
+    for (size_t m0 = 0; m0 < m && b < e; m0 += kRowsAtOnce) {
         const size_t rows = std::min(kRowsAtOnce, m - m0);
-        const size_t at_once = Program::kSumBytes / (rows * kTileN * sizeof(float)) / unit * unit;
+        const size_t most = Program::kSumBytes / (rows * kTileN * sizeof(float)) / unit,
+                     units = (e - b + unit - 1) / unit;
+        const size_t n_pieces = (units + most - 1) / most, at_once = (units + n_pieces - 1) / n_pieces * unit;
         for (size_t p = b; p < e; p += at_once) f(m0, rows, p, std::min(p + at_once, e));
     }
 }

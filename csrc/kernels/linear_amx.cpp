@@ -1,6 +1,8 @@
 // linear on the AMX tile unit. The algorithms are linear_amx.inl and linear_amx_i16.inl.
 #include <algorithm>
 #include <cstring>
+#include <span>
+#include <utility>
 
 #include "kernels/bytes_avx512.h"
 #include "kernels/linear_rows.h"

@@ -25,7 +25,7 @@ constexpr size_t kSpillAt = 2 * kPairBytes, kSumsAt = kSpillAt + kTileBytes;
 static_assert(kSumsAt + kBlockPanels * kBlockBands * kTileBytes <= kLinearScratchBytes);
 static_assert(kBlockTiles % kGroupTiles == 0);
 
-// In assembly, because gcc 12 takes a loop of nothing but prefetches for one without effect, and drops it.
+// In assembly, because gcc 12 takes a function of nothing but prefetches for one without effect, and drops its calls.
 inline void ask_l2(const void* line) { __asm__ volatile("prefetcht1 (%0)" ::"r"(line)); }
 
 // `count` in parts of at most `most`, none much smaller than another, each a multiple of `step`: how long they are.

@@ -20,7 +20,8 @@ namespace fourfold {
 enum class Activation : uint8_t {
     f32,   // (M, 64 k_tiles) float32
     i16,   // 16-bit fixed point per row and tile, in two signed bytes; see I16Row
-    bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero
+    bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero; the
+           // bands of 16 rows lie band_bytes apart
 };
 constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
 
@@ -39,6 +40,11 @@ struct I16Row {
         return reinterpret_cast<const int32_t*>(row + k_tiles * (tile_bytes + 4));
     }
 };
+
+// From one band of bf16 activations to the next: an odd number of 8 KB. The same 256 inputs of many bands, which kernels
+// take together, then fill a second-level cache evenly (2,048 sets of lines: 16 times 8 KB). If bands lay as far apart
+// as K demands, at K = 8192 they would share a sixteenth of it.
+constexpr size_t band_bytes(size_t k_tiles) { return ((k_tiles + 3) / 4 | 1) * 8192; }
 
 // Bytes of M packed rows.
 size_t packed_bytes(Activation a, size_t m, size_t k_tiles);

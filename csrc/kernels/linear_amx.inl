@@ -211,7 +211,9 @@ class Walk {
         const size_t n_steps = (m1_ - m0_ + 31) / 32, step = (m - m0_) / 32;
         return {count * step / n_steps, count * (step + 1) / n_steps};
     }
-    const uint8_t* x_at(size_t m, size_t tile) const { return a_.x + (m / 16 * a_.k_tiles + tile) * 2 * kTileBytes; }
+    const uint8_t* x_at(size_t m, size_t tile) const {
+        return a_.x + m / 16 * band_bytes(a_.k_tiles) + tile * 2 * kTileBytes;
+    }
     float* y_at(size_t m, size_t panel) const { return a_.y + m * a_.y_stride + panel * kTileN; }
 
     StepSums sums(const Pair& p, size_t m) const {

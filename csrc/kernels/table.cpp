@@ -43,7 +43,7 @@ size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {
         case Activation::i16:
             return m * I16Row::bytes(k_tiles);
         case Activation::bf16:
-            return (m + 15) / 16 * 16 * k_tiles * kTileK * sizeof(uint16_t);
+            return m == 0 ? 0 : (m - 1) / 16 * band_bytes(k_tiles) + 16 * k_tiles * kTileK * sizeof(uint16_t);
     }
     return 0;
 }

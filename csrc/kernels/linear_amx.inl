@@ -49,14 +49,19 @@ struct Decoding {
     }
 };
 
-// Lines [begin, end) of every tile of two rows of tiles.
+// A row of tiles and, `step` bytes behind it, a second one.
+struct Rows {
+    const uint8_t* at = nullptr;
+    size_t step = 0;
+};
+// Lines [begin, end) of each of their tiles.
 struct Lines {
-    const uint8_t* tiles[2] = {nullptr, nullptr};
+    Rows rows;
     size_t begin = 0, end = 0;
 
     [[gnu::always_inline]] void ask(size_t chunk) const {
-        for (size_t line = begin; line < end; ++line)
-            for (const uint8_t* at : tiles) ask_l2(at + chunk * kTileBytes + line * 64);
+        const uint8_t* line = rows.at + chunk * kTileBytes + begin * 64;
+        for (size_t n = end - begin; n > 0; --n, line += 64) ask_l2(line), ask_l2(line + rows.step);
     }
 };
 // What later steps read and write, asked for beside the chunks of this one.
@@ -103,24 +108,23 @@ inline void store_sums(const Sums& sums) {
 
 // BANDS x PANELS bands of x times the tiles of w, while other tiles are decoded.
 template <Format F, size_t BANDS, size_t PANELS>
-void multiply(const uint8_t* const (&x)[2], const uint8_t* const (&w)[2], size_t chunks, const StepSums& step,
-              std::span<const Decoding<F>> decodings, const Soon<F>& soon) {
-    const uint8_t *const x0 = x[0], *const x1 = x[1], *const w0 = w[0], *const w1 = w[1];
+void multiply(Rows x, Rows w, size_t chunks, const StepSums& step, std::span<const Decoding<F>> decodings,
+              const Soon<F>& soon) {
     const auto& sums = step.at;
     load_sums<0>(sums[0][0]);
     if constexpr (PANELS == 2) load_sums<1>(sums[0][1]);
     if constexpr (BANDS == 2) load_sums<2>(sums[1][0]);
     if constexpr (BANDS == 2 && PANELS == 2) load_sums<3>(sums[1][1]);
-    for (size_t c = 0; c < chunks; ++c) {
-        tile_load<6>(w0 + c * kTileBytes, 64);
-        tile_load<4>(x0 + c * kTileBytes, 64);
+    for (size_t c = 0; c < chunks; ++c, x.at += kTileBytes, w.at += kTileBytes) {
+        tile_load<6>(w.at, 64);
+        tile_load<4>(x.at, 64);
         tile_dot<0, 4, 6>();
         if constexpr (PANELS == 2) {
-            tile_load<7>(w1 + c * kTileBytes, 64);
+            tile_load<7>(w.at + w.step, 64);
             tile_dot<1, 4, 7>();
         }
         if constexpr (BANDS == 2) {
-            tile_load<5>(x1 + c * kTileBytes, 64);
+            tile_load<5>(x.at + x.step, 64);
             tile_dot<2, 5, 6>();
             if constexpr (PANELS == 2) tile_dot<3, 5, 7>();
         }
@@ -176,10 +180,11 @@ class Walk {
     size_t n_decoded(const Pair& p) const { return F == Format::bf16 || is_end(p) ? 0 : n_panels(p) * n_tiles(p); }
     const uint8_t* panel_at(size_t panel) const { return a_.panels + panel * panel_bytes(F, a_.k_tiles); }
     const uint8_t* begin_of(const Pair& p) const { return panel_at(p.panel) + scale_offset(F, p.tile); }
-    // Panel i of a pair as tiles: where it lies, or becomes one.
-    const uint8_t* tiles(const Pair& p, size_t i, size_t turn) const {
-        if (F == Format::bf16) return panel_at(p.panel + i) + code_offset(F, p.tile, a_.k_tiles);
-        return a_.scratch + turn * kPairBytes + i * kPartBytes;
+    // A pair's panels as tiles: where they lie, or become them.
+    Rows tiles(const Pair& p, size_t turn) const {
+        if (F == Format::bf16)
+            return {panel_at(p.panel) + code_offset(F, p.tile, a_.k_tiles), panel_bytes(F, a_.k_tiles)};
+        return {a_.scratch + turn * kPairBytes, kPartBytes};
     }
     // Tile j of a pair.
     Decoding<F> decoding(const Pair& p, size_t j, size_t turn, ptrdiff_t ahead) const {
@@ -194,13 +199,13 @@ class Walk {
     void multiply_pair(const Pair& now, const Pair& next, size_t turn) const {
         const Pair after = is_end(next) ? next : following(next);
         const ptrdiff_t to_after = is_end(after) ? 0 : begin_of(after) - begin_of(next);
-        const uint8_t* const w[2] = {tiles(now, 0, turn), tiles(now, 1, turn)};
+        const Rows w = tiles(now, turn);
         const bool two_panels = n_panels(now) == 2;
         Decoding<F> decodings[2 * kBlockTiles];
         for (size_t m = m0_; m < m1_; m += 32) {
             const auto [first, last] = part(n_decoded(next), m);
             for (size_t j = first; j < last; ++j) decodings[j - first] = decoding(next, j, turn ^ 1, to_after);
-            const uint8_t* const x[2] = {x_at(m, now.tile), x_at(m + 16, now.tile)};
+            const Rows x = x_at(m, now.tile);
             const auto step = m + 16 < m1_ ? (two_panels ? multiply<F, 2, 2> : multiply<F, 2, 1>)
                                            : (two_panels ? multiply<F, 1, 2> : multiply<F, 1, 1>);
             step(x, w, 2 * n_tiles(now), sums(now, m), {decodings, last - first}, soon(now, next, m));
@@ -211,8 +216,8 @@ class Walk {
         const size_t n_steps = (m1_ - m0_ + 31) / 32, step = (m - m0_) / 32;
         return {count * step / n_steps, count * (step + 1) / n_steps};
     }
-    const uint8_t* x_at(size_t m, size_t tile) const {
-        return a_.x + m / 16 * band_bytes(a_.k_tiles) + tile * 2 * kTileBytes;
+    Rows x_at(size_t m, size_t tile) const {
+        return {a_.x + m / 16 * band_bytes(a_.k_tiles) + tile * 2 * kTileBytes, band_bytes(a_.k_tiles)};
     }
     float* y_at(size_t m, size_t panel) const { return a_.y + m * a_.y_stride + panel * kTileN; }
 
@@ -238,11 +243,11 @@ class Walk {
         if (tile > 0 || now.end < a_.n_panels) {
             const size_t lines = kTileBytes / 64, n_pairs = (now.end - now.begin + 1) / 2;
             const size_t pair = (now.panel - now.begin) / 2;
-            of.x = {{x_at(m, tile), x_at(m + 16, tile)}, lines * pair / n_pairs, lines * (pair + 1) / n_pairs};
+            of.x = {x_at(m, tile), lines * pair / n_pairs, lines * (pair + 1) / n_pairs};
         }
         if (F == Format::bf16 && !is_end(next)) {
             const auto [begin, end] = part(kTileBytes / 64, m);
-            of.w = {{tiles(next, 0, 0), tiles(next, 1, 0)}, begin, end};
+            of.w = {tiles(next, 0), begin, end};
         }
         if (is_last(now) && m + 32 < m1_) of.y = y_at(m + 32, now.panel), of.y_stride = a_.y_stride;
         return of;

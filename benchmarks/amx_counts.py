@@ -204,7 +204,11 @@ def step_of(
     kind = "prefetch" if it.opcode.startswith("prefetch") else "load"
     if "(" in it.operands[-1] and not reads_last:
         kind = "store"
-    return Step(kind, cost, reads, writes, (address_of(it.memory, registers) // 64,))
+    line = address_of(it.memory, registers) // 64
+    if kind == "store":
+        return Step(kind, cost, reads, writes, (line,))
+    address = tuple(registers_of(it.memory))
+    return Step(kind, cost, address, writes, (line,), tuple(name for name in reads if name not in address))
 
 
 def tile_lines(memory: str, registers: NDArray[np.uint64]) -> tuple[int, ...]:

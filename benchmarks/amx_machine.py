@@ -2,7 +2,7 @@
 
 Instructions are allocated and retired in order, six and eight micro-operations a cycle, and executed as soon as their
 operands are there and a port is free. Which lines are in L1 and L2 follows from the trace's addresses; what is in
-neither takes 250 cycles, however much is asked for at once. Branches are predicted, and instructions always there.
+neither comes at a rate of its own, 250 cycles late. Branches are predicted, and instructions always there.
 
 What an ordinary instruction costs (ports, latency, micro-operations) comes from llvm-mca, whose model of this
 processor knows nothing of tile instructions (each a quarter of a cycle, 100 cycles of latency) and lacks the second
@@ -26,9 +26,12 @@ ROWS = 16  # of a tile; a load takes two lines a cycle, a store one
 ALLOCATED, RETIRED, WINDOW, WAITING = 6, 8, 512, {"load": 70, "store": 38, "compute": 97}
 # Lines of 64 bytes a way and set; what L2 gives (64 bytes a cycle at best, 48 sustained) and how long beyond it takes.
 L1_SETS, L1_WAYS, L2_SETS, L2_WAYS = 64, 12, 2048, 16
-L2_LATENCY, L2_LINE_CYCLES, FAR_LATENCY = 10, 64 / 48, 250
+L2_LATENCY, L2_LINE_CYCLES = 10, 64 / 48
+# Beyond L2; tiles read from L3 kept others' tile unit busy for 0.28 of the time, which is 18 bytes a cycle.
+FAR_LATENCY, FAR_LINE_CYCLES = 250, 64 / 18
+L1_LATENCY = 8  # of a vector, as llvm-mca has it
 STORED_AFTER = 5  # cycles until a load may have what was stored
-LOAD_PORTS, STORE_PORT, TILE_PORT, T1_PORT, L2_PORT = (2, 3), 100, 101, 102, 103
+LOAD_PORTS, STORE_PORT, TILE_PORT, T1_PORT, L2_PORT, FAR_PORT = (2, 3), 100, 101, 102, 103, 104
 NOTHING = (0, 0, 0)
 # 512-bit arithmetic that both of a server's units do, and llvm-mca's model leaves to port 0.
 BOTH_UNITS = re.compile(r"v(f?n?m(add|sub)|mul|add|sub|max|min|cvtdq2|dp|pdp|pmul|pmadd|scalef|reduce|rndscale)")
@@ -52,6 +55,7 @@ class Step:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     lines: tuple[int, ...] = ()
+    values: tuple[str, ...] = ()  # registers that are wanted only when a load's line is there
 
     def waits_in(self) -> str:
         """The scheduler that holds it."""
@@ -142,7 +146,8 @@ class Core:
                 if len(retire) > 8 * WINDOW:
                     del retire[: -2 * WINDOW]
             at = max([allocated + 1, *(ready.get(name, 0) for name in step.reads)])
-            done, began, tally = self.execute(step, at)
+            values = max((ready.get(name, 0) for name in step.values), default=0)
+            done, began, tally = self.execute(step, at, values)
             if step.kind not in ("other", "tile_zero"):
                 heapq.heappush(queue, began)
             for name in step.writes:
@@ -159,7 +164,7 @@ class Core:
             counts = [a + b for a, b in zip(counts, (step.kind == "dot", *tally), strict=True)]
         return Result(retired - start, *counts)
 
-    def execute(self, step: Step, at: float) -> tuple[float, float, tuple[int, int, int]]:
+    def execute(self, step: Step, at: float, values: float) -> tuple[float, float, tuple[int, int, int]]:
         """When its result is there, when it began, and its lines: all, from L2, from beyond."""
         if step.kind == "dot":
             begin = self.occupy(TILE_PORT, at, DOT_CYCLES)
@@ -179,12 +184,14 @@ class Core:
         if step.kind == "prefetch":
             for line in step.lines:
                 if self.l1.get(line) is None and self.l2.get(line) is None:
-                    self.l2.put(line, began + FAR_LATENCY)
+                    self.l2.put(line, self.from_afar(began))
             return began, began, NOTHING
         done, tally = began + step.cost.latency, NOTHING
         for line in step.lines:
             there, level = self.fetch(line, max(began, self.stored.get(line, 0)))
-            done, tally = max(done, there + step.cost.latency), (1, int(level == 2), int(level == 3))
+            loading = min(L1_LATENCY, step.cost.latency)
+            done = max(there + loading, values) + step.cost.latency - loading
+            tally = (1, int(level == 2), int(level == 3))
         return done, began, tally
 
     def load_tile(self, step: Step, at: float) -> tuple[float, float, tuple[int, int, int]]:
@@ -214,6 +221,9 @@ class Core:
         self.busy[number] = begin + cycles
         return begin
 
+    def from_afar(self, at: float) -> float:
+        return self.port(FAR_PORT).take(at / FAR_LINE_CYCLES) * FAR_LINE_CYCLES + FAR_LATENCY
+
     def fetch(self, line: int, at: float, keep: bool = True) -> tuple[float, int]:
         """When the line is there, and from which level."""
         here = self.l1.get(line)
@@ -221,7 +231,7 @@ class Core:
             return max(at, here), 1
         level, there = 2, self.l2.get(line)
         if there is None:
-            level, there = 3, at + FAR_LATENCY
+            level, there = 3, self.from_afar(at)
             self.l2.put(line, there)
         there = max(there, self.port(L2_PORT).take(at / L2_LINE_CYCLES) * L2_LINE_CYCLES + L2_LATENCY)
         if keep and (gone := self.l1.put(line, there)) in self.dirty:

@@ -187,6 +187,14 @@ class TiledAttention {
     const uint8_t* tiled_values(size_t half) const {
         return F == KvFormat::int8 ? scratch_ + at_.values + half * kHalf * dp_ * 2 : stored_values(half);
     }
+    template <int T>
+    static void load_page_tile(const uint8_t* at, size_t stride) {
+        if constexpr (F == KvFormat::int8)
+            tile_load<T>(at, stride);
+        else
+            tile_load_once<T>(at, stride);
+    }
+
     // The scores of a page, in powers of two, but for tiles that nobody sees.
     void score_page(size_t page) {
         const size_t position = page * kPage, n_products = at_.n_products;
@@ -204,7 +212,7 @@ class TiledAttention {
             tile_load<4>(scratch_ + product * kTileRowBytes, n_products * kTileRowBytes);
             const uint8_t* rows = keys + first_pair(product) * kKeyRowBytes;
             each_sums(first, last, [&]<int C>() {
-                tile_load<kTileB<C>>(rows + C * kTileRowBytes, kKeyRowBytes);
+                load_page_tile<kTileB<C>>(rows + C * kTileRowBytes, kKeyRowBytes);
                 tile_dot<C, 4, kTileB<C>>();
                 next_.ask();
             });
@@ -290,7 +298,7 @@ class TiledAttention {
             tile_load<4>(weights_at(half), kScoreRowBytes);
             const uint8_t* rows = tiled_values(half) + begin * kTileRowBytes;
             each_sums(0, end - begin, [&]<int C>() {
-                tile_load<kTileB<C>>(rows + C * kTileRowBytes, dp_ * 4);
+                load_page_tile<kTileB<C>>(rows + C * kTileRowBytes, dp_ * 4);
                 tile_dot<C, 4, kTileB<C>>();
             });
         }

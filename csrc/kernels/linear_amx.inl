@@ -1,26 +1,28 @@
 // linear, AMX BF16, many tokens; included once over the tile unit and once over its emulation.
 //
 //   tiles      0-3 sums (2 x 2: 32 tokens x 32 outputs), 4-5 x (16 tokens x 32 inputs), 6-7 w (32 inputs x 16 outputs)
-//   blocks     512 tokens x 256 outputs of sums (512 KB) take all inputs, 256 at a time: their x (256 KB), the x after it
-//              and the sums stay in the L2 cache. Two panels at a time: their 16 KB of bf16 tiles stay in the L1 cache
-//              (48 KB) while x passes, 16 KB and 4 KB of sums a step of 32 tokens
+//   blocks     512 tokens x 256 outputs of sums (512 KB) take all inputs, 512 at a time: their x (512 KB), the x after it
+//              and the sums stay in the L2 cache. Two panels at a time: their 32 KB of bf16 tiles stay in the L1 cache
+//              while x passes, 32 tokens a step
 //   decoding   between the products: as a pair of panels is multiplied, the codes of the next become tiles, 8 inputs of
-//              a tile with every 32 inputs of a step; paid once for 512 tokens
+//              a tile with every 64 inputs of a step; paid once for 512 tokens
 //   ahead      asked into L2 beside the products: the next inputs' x, the codes of the pair after the next, and, where
 //              sums are complete, the lines of y that the next step writes
-//   reuse      each loaded tile takes part in 2 products
-//   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 32 products
+//   reuse      each loaded tile takes part in 2 products; x is loaded past the L1 cache, which is w's
+//   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products. Loads come next:
+//              of the four for 64 cycles of products the two past L1 are one in 33 cycles, the others one in 8
 //   accuracy   x and w rounded to bfloat16 (2^-8 each), sums in float32, subnormals as zero
 //
 // Rows of y beyond M are never touched: the last band's sums go through scratch.
 
 constexpr size_t kTileBytes = 1024;
-constexpr size_t kBlockTiles = 4;                         // 256 inputs
+constexpr size_t kBlockTiles = 8;                         // 512 inputs
 constexpr size_t kBlockChunks = 2 * kBlockTiles;          // of 32 inputs
 constexpr size_t kBlockPanels = 16, kBlockBands = 32;     // 256 outputs, 512 tokens
 constexpr size_t kPartBytes = kBlockChunks * kTileBytes;  // a panel's block of inputs as bf16 tiles
 constexpr size_t kPairBytes = 2 * kPartBytes;             // two panels'
 constexpr size_t kGroups = 8;                             // of 8 inputs, in a tile of codes
+constexpr size_t kGroupChunks = kBlockChunks / kGroups;   // beside which one is decoded
 constexpr size_t kSpillAt = 2 * kPairBytes, kSumsAt = kSpillAt + kTileBytes;
 static_assert(kSumsAt + kBlockPanels * kBlockBands * kTileBytes <= kLinearScratchBytes);
 static_assert(kBlockTiles % kGroupTiles == 0);
@@ -117,25 +119,26 @@ void multiply(Rows x, Rows w, size_t chunks, const StepSums& step, std::span<con
     if constexpr (BANDS == 2 && PANELS == 2) load_sums<3>(sums[1][1]);
     for (size_t c = 0; c < chunks; ++c, x.at += kTileBytes, w.at += kTileBytes) {
         tile_load<6>(w.at, 64);
-        tile_load<4>(x.at, 64);
+        tile_load_once<4>(x.at, 64);
         tile_dot<0, 4, 6>();
         if constexpr (PANELS == 2) {
             tile_load<7>(w.at + w.step, 64);
             tile_dot<1, 4, 7>();
         }
         if constexpr (BANDS == 2) {
-            tile_load<5>(x.at + x.step, 64);
+            tile_load_once<5>(x.at + x.step, 64);
             tile_dot<2, 5, 6>();
             if constexpr (PANELS == 2) tile_dot<3, 5, 7>();
         }
-        for (const Decoding<F>& tile : decodings) tile.group(c);
+        if (c % kGroupChunks == 0)
+            for (const Decoding<F>& tile : decodings) tile.group(c / kGroupChunks);
         soon.ask(c);
     }
     store_sums<0>(sums[0][0]);
     if constexpr (PANELS == 2) store_sums<1>(sums[0][1]);
     if constexpr (BANDS == 2) store_sums<2>(sums[1][0]);
     if constexpr (BANDS == 2 && PANELS == 2) store_sums<3>(sums[1][1]);
-    for (size_t g = chunks; g < kGroups; ++g)
+    for (size_t g = (chunks + kGroupChunks - 1) / kGroupChunks; g < kGroups; ++g)
         for (const Decoding<F>& tile : decodings) tile.group(g);
 }
 

@@ -38,6 +38,10 @@ inline void tile_load(const void* p, size_t stride) {
         std::memcpy(tiles[T].rows[r], static_cast<const uint8_t*>(p) + r * stride, 64);
 }
 template <int T>
+inline void tile_load_once(const void* p, size_t stride) {
+    tile_load<T>(p, stride);
+}
+template <int T>
 inline void tile_store(void* p, size_t stride) {
     require(tiles[T].n_rows > 0);
     for (size_t r = 0; r < tiles[T].n_rows; ++r)

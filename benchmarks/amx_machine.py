@@ -92,17 +92,19 @@ class Port:
     """Where a micro-operation is taken as soon as it is ready and there is a free cycle, in any order."""
 
     def __init__(self) -> None:
-        self.taken: set[int] = set()
+        self.after: dict[int, int] = {}  # of each cycle taken, one before which none is free
 
     def free(self, ready: float) -> int:
-        cycle = int(-(-ready // 1))
-        while cycle in self.taken:
-            cycle += 1
+        first = cycle = int(-(-ready // 1))
+        while cycle in self.after:
+            cycle = self.after[cycle]
+        while first in self.after:
+            self.after[first], first = cycle, self.after[first]
         return cycle
 
     def take(self, ready: float) -> int:
         cycle = self.free(ready)
-        self.taken.add(cycle)
+        self.after[cycle] = cycle + 1
         return cycle
 
 

@@ -222,7 +222,7 @@ void LinearOp::run_kernel(Program& p, const Worker& worker, const Packed& packed
     const size_t r = worker.rank;
     const Weight& w = Ops::weight(p, part.weight);
     const Weight::Slice& s = w.slice(r);
-    const uint8_t* const x = packed.x + packed_bytes(packed.kernel.activation, m0, s.k_tiles);
+    const uint8_t* const x = packed.x + packed_offset(packed.kernel.activation, m0, s.k_tiles);
     packed.kernel.run({panels, has_scales(w.format) ? s.scales.as<float>() + b : nullptr, e - b, s.k_tiles, x, rows,
                        y.first, y.stride, Ops::scratch(p, worker), then});
     if (part.bias.empty()) return;

@@ -231,6 +231,16 @@ def test_byte_tiles_give_the_bits_of_the_vector_kernel(fmt: str, tiles_of: str) 
         assert (run(f"linear_{fmt}_i16_{tiles_of}", x, matrix) == run(f"linear_{fmt}_i16_avx512", x, matrix)).all()
 
 
+@pytest.mark.parametrize("tiles_of", ["amx_emulated", "amx"])
+def test_i16_tiles_in_parts_where_factors_do_not_fit_in_scratch(tiles_of: str) -> None:
+    m, n, k = 35, 16, 64 * 5075  # room for 16 tokens' factors in 5,072 tiles
+    rng = np.random.default_rng(3)
+    matrix = pack(rng.standard_normal((n, k), np.float32), "nf4")
+    x = rng.standard_normal((m, k), np.float32)
+    y = run(f"linear_nf4_i16_{tiles_of}", x, matrix)
+    assert np.array_equal(y, run("linear_nf4_i16_avx512", x, matrix))
+
+
 @pytest.mark.parametrize("name", [name for name in ROWS if "_bf16_amx" in name])
 @pytest.mark.parametrize("shape", [(530, 290, 700), (33, 530, 1100), (520, 16, 1030)])
 def test_tokens_outputs_and_inputs_beyond_one_block_of_tiles(name: str, shape: tuple[int, int, int]) -> None:
@@ -243,7 +253,7 @@ SCALED = {
     "scalar": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_scalar"},
     "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
     "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
-    "amx": {(1, 4): "linear_{}_i16_avx512", (5, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
+    "amx": {(1, 3): "linear_{}_i16_avx512", (4, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
 }
 BF16 = SCALED | {
     "avx512": {(1, 8): "linear_{}_f32_avx512", (9, 512): "linear_{}_bf16_avx512"},

@@ -20,7 +20,8 @@ namespace fourfold {
 enum class Activation : uint8_t {
     f32,   // (M, 64 k_tiles) float32
     i16,   // 16-bit fixed point per row and tile, in two signed bytes; see I16Row
-    bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero
+    bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero; the
+           // bands of 16 rows lie band_bytes apart
 };
 constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
 
@@ -40,9 +41,16 @@ struct I16Row {
     }
 };
 
+// From one band of bf16 activations to the next: an odd number of 8 KB. The same 512 inputs of many bands, which kernels
+// take together, then fill a second-level cache evenly (2,048 sets of lines: 16 times 8 KB). If bands lay as far apart
+// as K demands, at K = 8192 they would share an eighth of it.
+constexpr size_t band_bytes(size_t k_tiles) { return ((k_tiles + 3) / 4 | 1) * 8192; }
+
 // M, or as many rows as its whole bands have.
 constexpr size_t padded_rows(Activation a, size_t m) { return a == Activation::bf16 ? (m + 15) / 16 * 16 : m; }
-// Bytes of M packed rows, and where row M begins, for M a multiple of 16.
+// Where packed row m begins, a multiple of 16.
+size_t packed_offset(Activation a, size_t m, size_t k_tiles);
+// Bytes of M packed rows.
 size_t packed_bytes(Activation a, size_t m, size_t k_tiles);
 
 struct LinearArgs {

@@ -1,6 +1,8 @@
 // linear on the AMX tile unit. The algorithms are linear_amx.inl and linear_amx_i16.inl.
 #include <algorithm>
 #include <cstring>
+#include <span>
+#include <utility>
 
 #include "kernels/bytes_avx512.h"
 #include "kernels/linear_rows.h"
@@ -13,9 +15,9 @@ namespace {
 #include "kernels/linear_amx_i16.inl"
 
 constexpr float kBf16 = 0x1p-8f;
-// Tokens: from 5 the vector unit's byte products no longer hide behind the memory; from 33 (bf16: 17) rounding the
+// Tokens: from 4 the vector unit's byte products no longer hide behind the memory; from 33 (bf16: 17) rounding the
 // weights to bfloat16 once costs less than scaling every tile's sums.
-constexpr size_t kFew = 5, kManyScaled = 33, kManyBf16 = 17;
+constexpr size_t kFew = 4, kManyScaled = 33, kManyBf16 = 17;
 
 template <Format F>
 constexpr LinearKernel i16_row(std::string_view name, float codebook_error) {

@@ -1,65 +1,86 @@
 // linear, AMX BF16, many tokens; included once over the tile unit and once over its emulation.
 //
 //   tiles      0-3 sums (2 x 2: 32 tokens x 32 outputs), 4-5 x (16 tokens x 32 inputs), 6-7 w (32 inputs x 16 outputs)
-//   blocks     512 tokens x 256 outputs of sums (512 KB) take all inputs, 512 at a time: their x (512 KB) and the sums
-//              stay in the L2 cache while the block's weights pass, two panels at a time (32 KB of bf16 tiles)
-//   decoding   between the products: as a pair of panels is multiplied, the codes of the next become tiles, a group of
-//              8 inputs at a time; paid once for 512 tokens
+//   blocks     512 tokens x 256 outputs of sums (512 KB) take all inputs, 512 at a time: their x (512 KB), the x after it
+//              and the sums stay in the L2 cache. Two panels at a time: their 32 KB of bf16 tiles stay in the L1 cache
+//              while x passes, 32 tokens a step
+//   decoding   between the products: as a pair of panels is multiplied, the codes of the next become tiles, 8 inputs of
+//              a tile with every 64 inputs of a step; paid once for 512 tokens
+//   ahead      asked into L2 beside the products: the next inputs' x, the codes of the pair after the next, and, where
+//              sums are complete, the lines of y that the next step writes
 //   reuse      each loaded tile takes part in 2 products; x is loaded past the L1 cache, which is w's
-//   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products
+//   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products. Loads come next:
+//              of the four for 64 cycles of products the two past L1 are one in 33 cycles, the others one in 8
 //   accuracy   x and w rounded to bfloat16 (2^-8 each), sums in float32, subnormals as zero
 //
 // Rows of y beyond M are never touched: the last band's sums go through scratch.
 
 constexpr size_t kTileBytes = 1024;
-constexpr size_t kBlockTiles = 8;                             // 512 inputs
-constexpr size_t kBlockChunks = 2 * kBlockTiles;              // of 32 inputs
-constexpr size_t kBlockPanels = 16, kBlockBands = 32;         // 256 outputs, 512 tokens
-constexpr size_t kPairBytes = 2 * kBlockChunks * kTileBytes;  // two panels as bf16 tiles
+constexpr size_t kBlockTiles = 8;                         // 512 inputs
+constexpr size_t kBlockChunks = 2 * kBlockTiles;          // of 32 inputs
+constexpr size_t kBlockPanels = 16, kBlockBands = 32;     // 256 outputs, 512 tokens
+constexpr size_t kPartBytes = kBlockChunks * kTileBytes;  // a panel's block of inputs as bf16 tiles
+constexpr size_t kPairBytes = 2 * kPartBytes;             // two panels'
+constexpr size_t kGroups = 8;                             // of 8 inputs, in a tile of codes
+constexpr size_t kGroupChunks = kBlockChunks / kGroups;   // beside which one is decoded
 constexpr size_t kSpillAt = 2 * kPairBytes, kSumsAt = kSpillAt + kTileBytes;
 static_assert(kSumsAt + kBlockPanels * kBlockBands * kTileBytes <= kLinearScratchBytes);
+static_assert(kBlockTiles % kGroupTiles == 0);
 
-// One or two panels over one block of inputs, becoming bf16 tiles a group of 8 inputs at a time.
+// In assembly, because gcc 12 takes a function of nothing but prefetches for one without effect, and drops its calls.
+inline void ask_l2(const void* line) { __asm__ volatile("prefetcht1 (%0)" ::"r"(line)); }
+
+// `count` in parts of at most `most`, none much smaller than another, each a multiple of `step`: how long they are.
+constexpr size_t even_part(size_t count, size_t most, size_t step) {
+    const size_t n = (count + most - 1) / most;
+    return n == 0 ? step : ((count + n - 1) / n + step - 1) / step * step;
+}
+
+// A tile of codes that becomes two bf16 tiles at `to`, 8 inputs at a time.
 template <Format F>
-class Pair {
-  public:
-    Pair() = default;
-    Pair(const LinearArgs& a, size_t panel, size_t n, size_t t0, size_t t1, uint8_t* to)
-        : k_tiles_(a.k_tiles), t0_(t0), t_(t0), t1_(t1), n_(n) {
-        for (size_t i = 0; i < n; ++i) {
-            panels_[i] = a.panels + (panel + i) * panel_bytes(F, k_tiles_);
-            if constexpr (F == Format::bf16) {
-                tiles[i] = panels_[i] + code_offset(F, t0, k_tiles_);  // used where they lie
-            } else {
-                panel_scales_[i] = a.panel_scales[panel + i];
-                tiles[i] = to + i * kPairBytes / 2;
-                to_[i] = to + i * kPairBytes / 2;
-            }
-        }
-    }
-    // The next `groups` of 8 inputs, of each panel.
-    void advance(size_t groups) {
-        if constexpr (F != Format::bf16)
-            for (; groups > 0 && t_ < t1_; --groups) {
-                for (size_t i = 0; i < n_; ++i) {
-                    if (g_ == 0) units_[i] = tile_units<F>(panels_[i] + scale_offset(F, t_), panel_scales_[i]);
-                    group_to_bf16<F>(panels_[i] + code_offset(F, t_, k_tiles_), units_[i], g_,
-                                     to_[i] + (t_ - t0_) * 2 * kTileBytes);
-                }
-                if (++g_ == 8) g_ = 0, ++t_;
-            }
-    }
-    void finish() { advance(SIZE_MAX); }
-    size_t groups() const { return 8 * (t1_ - t0_); }
+struct Decoding {
+    const uint8_t* codes;
+    ptrdiff_t ahead;  // from here to the codes that are asked for meanwhile
+    uint8_t* to;
+    TileUnits units;
 
-    const uint8_t* tiles[2] = {nullptr, nullptr};
+    void group(size_t g) const {
+        for (size_t line = 0; line < code_bytes(F) / kGroups; line += 64)
+            ask_l2(codes + g * (code_bytes(F) / kGroups) + line + ahead);
+        if constexpr (F != Format::bf16) group_to_bf16<F>(codes, units, g, to);
+    }
+};
 
-  private:
-    const uint8_t* panels_[2] = {nullptr, nullptr};
-    uint8_t* to_[2] = {nullptr, nullptr};
-    float panel_scales_[2] = {0, 0};
-    TileUnits units_[2] = {};
-    size_t k_tiles_ = 0, t0_ = 0, t_ = 0, t1_ = 0, g_ = 0, n_ = 0;
+// A row of tiles and, `step` bytes behind it, a second one.
+struct Rows {
+    const uint8_t* at = nullptr;
+    size_t step = 0;
+};
+// Lines [begin, end) of each of their tiles.
+struct Lines {
+    Rows rows;
+    size_t begin = 0, end = 0;
+
+    [[gnu::always_inline]] void ask(size_t chunk) const {
+        const uint8_t* line = rows.at + chunk * kTileBytes + begin * 64;
+        for (size_t n = end - begin; n > 0; --n, line += 64) ask_l2(line), ask_l2(line + rows.step);
+    }
+};
+// What later steps read and write, asked for beside the chunks of this one.
+template <Format F>
+struct Soon {
+    Lines x, w;                // w only where it is read as tiles
+    const float* y = nullptr;  // 32 rows of 32 sums
+    size_t y_stride = 0;
+
+    [[gnu::always_inline]] void ask(size_t chunk) const {
+        x.ask(chunk);
+        if constexpr (F == Format::bf16) w.ask(chunk);
+        if (!y) return;
+        constexpr size_t kRows = 32 / kBlockChunks;
+        for (size_t row = chunk * kRows; row < (chunk + 1) * kRows; ++row)
+            ask_l2(y + row * y_stride), ask_l2(y + row * y_stride + kTileN);
+    }
 };
 
 // Where the sums of one band (16 tokens) and panel come from and go to.
@@ -69,6 +90,10 @@ struct Sums {
     size_t stride;  // bytes between rows of `to`
     size_t rows;    // of `to`; fewer than 16 go through `spill`
     float* spill;
+};
+
+struct StepSums {
+    Sums at[2][2];  // of bands and panels
 };
 
 template <int TILE>
@@ -83,86 +108,162 @@ inline void store_sums(const Sums& sums) {
         std::memcpy(reinterpret_cast<uint8_t*>(sums.to) + r * sums.stride, sums.spill + r * 16, 64);
 }
 
-// BANDS x PANELS bands of x times the tiles of `w`, while `next` is decoded, `groups` of it with every 32 inputs.
+// BANDS x PANELS bands of x times the tiles of w, while other tiles are decoded.
 template <Format F, size_t BANDS, size_t PANELS>
-void multiply(const uint8_t* const* x, const Pair<F>& w, size_t chunks, const Sums (&sums)[2][2], Pair<F>& next,
-              size_t groups) {
+void multiply(Rows x, Rows w, size_t chunks, const StepSums& step, std::span<const Decoding<F>> decodings,
+              const Soon<F>& soon) {
+    const auto& sums = step.at;
     load_sums<0>(sums[0][0]);
     if constexpr (PANELS == 2) load_sums<1>(sums[0][1]);
     if constexpr (BANDS == 2) load_sums<2>(sums[1][0]);
     if constexpr (BANDS == 2 && PANELS == 2) load_sums<3>(sums[1][1]);
-    for (size_t c = 0; c < chunks; ++c) {
-        tile_load<6>(w.tiles[0] + c * kTileBytes, 64);
-        tile_load_once<4>(x[0] + c * kTileBytes, 64);
+    for (size_t c = 0; c < chunks; ++c, x.at += kTileBytes, w.at += kTileBytes) {
+        tile_load<6>(w.at, 64);
+        tile_load_once<4>(x.at, 64);
         tile_dot<0, 4, 6>();
         if constexpr (PANELS == 2) {
-            tile_load<7>(w.tiles[1] + c * kTileBytes, 64);
+            tile_load<7>(w.at + w.step, 64);
             tile_dot<1, 4, 7>();
         }
         if constexpr (BANDS == 2) {
-            tile_load_once<5>(x[1] + c * kTileBytes, 64);
+            tile_load_once<5>(x.at + x.step, 64);
             tile_dot<2, 5, 6>();
             if constexpr (PANELS == 2) tile_dot<3, 5, 7>();
         }
-        next.advance(groups);
+        if (c % kGroupChunks == 0)
+            for (const Decoding<F>& tile : decodings) tile.group(c / kGroupChunks);
+        soon.ask(c);
     }
     store_sums<0>(sums[0][0]);
     if constexpr (PANELS == 2) store_sums<1>(sums[0][1]);
     if constexpr (BANDS == 2) store_sums<2>(sums[1][0]);
     if constexpr (BANDS == 2 && PANELS == 2) store_sums<3>(sums[1][1]);
+    for (size_t g = (chunks + kGroupChunks - 1) / kGroupChunks; g < kGroups; ++g)
+        for (const Decoding<F>& tile : decodings) tile.group(g);
 }
 
-// Tokens [m0, m1), at most 512, times panels [p0, p1), at most 16.
+// Two panels, or a block's last alone, over one block of inputs.
+struct Pair {
+    size_t begin, end;   // the panels of its block, which take each block of inputs one after another
+    size_t panel, tile;  // its first
+};
+
+// Tokens [m0, m1), at most 512, times all panels.
 template <Format F>
-void multiply_block(const LinearArgs& a, size_t m0, size_t m1, size_t p0, size_t p1) {
-    auto* spill = reinterpret_cast<float*>(a.scratch + kSpillAt);
-    auto* kept = reinterpret_cast<float*>(a.scratch + kSumsAt);
-    const size_t band_bytes = a.k_tiles * 2 * kTileBytes, n_steps = (m1 - m0 + 31) / 32;
-    const auto pair_at = [&](size_t p, size_t t0, size_t turn) {
-        if (p >= p1) p = p0, t0 += kBlockTiles;  // the next block of inputs
-        if (t0 >= a.k_tiles) return Pair<F>();
-        return Pair<F>(a, p, std::min<size_t>(2, p1 - p), t0, std::min(t0 + kBlockTiles, a.k_tiles),
-                       a.scratch + turn * kPairBytes);
-    };
-    size_t turn = 0;
-    Pair<F> w = pair_at(p0, 0, turn);
-    for (size_t t0 = 0; t0 < a.k_tiles; t0 += kBlockTiles) {
-        const bool last = t0 + kBlockTiles >= a.k_tiles;
-        const size_t chunks = 2 * (std::min(t0 + kBlockTiles, a.k_tiles) - t0);
-        for (size_t p = p0; p < p1; p += 2) {
-            w.finish();
-            turn ^= 1;
-            Pair<F> next = pair_at(p + 2, t0, turn);
-            const size_t groups = (next.groups() + n_steps * chunks - 1) / (n_steps * chunks);
-            for (size_t m = m0; m < m1; m += 32) {
-                const uint8_t* x[2] = {a.x + m / 16 * band_bytes + t0 * 2 * kTileBytes, nullptr};
-                x[1] = x[0] + band_bytes;
-                Sums sums[2][2];
-                for (size_t b = 0; b < 2; ++b)
-                    for (size_t i = 0; i < 2; ++i) {
-                        const size_t row = m + 16 * b;
-                        float* tile =
-                            kept + ((p - p0 + i) * kBlockBands + (row - m0) / 16) * kTileBytes / sizeof(float);
-                        sums[b][i] = last ? Sums{t0 ? tile : nullptr, a.y + row * a.y_stride + (p + i) * kTileN,
-                                                 a.y_stride * sizeof(float),
-                                                 row < a.m ? std::min<size_t>(16, a.m - row) : 0, spill}
-                                          : Sums{t0 ? tile : nullptr, tile, 64, 16, spill};
-                    }
-                const bool two_bands = m + 16 < m1, two_panels = p + 1 < p1;
-                const auto step = two_bands ? (two_panels ? multiply<F, 2, 2> : multiply<F, 2, 1>)
-                                            : (two_panels ? multiply<F, 1, 2> : multiply<F, 1, 1>);
-                step(x, w, chunks, sums, next, groups);
-            }
-            w = next;
+class Walk {
+  public:
+    Walk(const LinearArgs& a, size_t m0, size_t m1) : a_(a), m0_(m0), m1_(m1) {}
+
+    void run() const {
+        Pair now = block_at(0);
+        for (size_t j = 0; j < n_decoded(now); ++j) {
+            const Decoding<F> tile = decoding(now, j, 0, 0);
+            for (size_t g = 0; g < kGroups; ++g) tile.group(g);
+        }
+        for (size_t turn = 0; !is_end(now); turn ^= 1) {
+            const Pair next = following(now);
+            multiply_pair(now, next, turn);
+            now = next;
         }
     }
-}
+
+  private:
+    Pair block_at(size_t panel) const {
+        return {panel, std::min(panel + even_part(a_.n_panels, kBlockPanels, 2), a_.n_panels), panel, 0};
+    }
+    Pair following(Pair p) const {
+        if ((p.panel += 2) < p.end) return p;
+        p.panel = p.begin;
+        if ((p.tile += kBlockTiles) < a_.k_tiles) return p;
+        return block_at(p.end);
+    }
+    bool is_end(const Pair& p) const { return p.panel >= a_.n_panels; }
+    size_t n_panels(const Pair& p) const { return std::min<size_t>(2, p.end - p.panel); }
+    size_t n_tiles(const Pair& p) const { return std::min(kBlockTiles, a_.k_tiles - p.tile); }
+    size_t n_decoded(const Pair& p) const { return F == Format::bf16 || is_end(p) ? 0 : n_panels(p) * n_tiles(p); }
+    const uint8_t* panel_at(size_t panel) const { return a_.panels + panel * panel_bytes(F, a_.k_tiles); }
+    const uint8_t* begin_of(const Pair& p) const { return panel_at(p.panel) + scale_offset(F, p.tile); }
+    // A pair's panels as tiles: where they lie, or become them.
+    Rows tiles(const Pair& p, size_t turn) const {
+        if (F == Format::bf16)
+            return {panel_at(p.panel) + code_offset(F, p.tile, a_.k_tiles), panel_bytes(F, a_.k_tiles)};
+        return {a_.scratch + turn * kPairBytes, kPartBytes};
+    }
+    // Tile j of a pair.
+    Decoding<F> decoding(const Pair& p, size_t j, size_t turn, ptrdiff_t ahead) const {
+        const size_t panel = p.panel + j / n_tiles(p), t = j % n_tiles(p);
+        const uint8_t* const scales = panel_at(panel) + scale_offset(F, p.tile + t);
+        ask_l2(scales + ahead);
+        return {panel_at(panel) + code_offset(F, p.tile + t, a_.k_tiles), ahead,
+                a_.scratch + turn * kPairBytes + j / n_tiles(p) * kPartBytes + t * 2 * kTileBytes,
+                tile_units<F>(scales, a_.panel_scales[panel])};
+    }
+
+    void multiply_pair(const Pair& now, const Pair& next, size_t turn) const {
+        const Pair after = is_end(next) ? next : following(next);
+        const ptrdiff_t to_after = is_end(after) ? 0 : begin_of(after) - begin_of(next);
+        const Rows w = tiles(now, turn);
+        const bool two_panels = n_panels(now) == 2;
+        Decoding<F> decodings[2 * kBlockTiles];
+        for (size_t m = m0_; m < m1_; m += 32) {
+            const auto [first, last] = part(n_decoded(next), m);
+            for (size_t j = first; j < last; ++j) decodings[j - first] = decoding(next, j, turn ^ 1, to_after);
+            const Rows x = x_at(m, now.tile);
+            const auto step = m + 16 < m1_ ? (two_panels ? multiply<F, 2, 2> : multiply<F, 2, 1>)
+                                           : (two_panels ? multiply<F, 1, 2> : multiply<F, 1, 1>);
+            step(x, w, 2 * n_tiles(now), sums(now, m), {decodings, last - first}, soon(now, next, m));
+        }
+    }
+    // The part of `count` that belongs to the step at token m.
+    std::pair<size_t, size_t> part(size_t count, size_t m) const {
+        const size_t n_steps = (m1_ - m0_ + 31) / 32, step = (m - m0_) / 32;
+        return {count * step / n_steps, count * (step + 1) / n_steps};
+    }
+    Rows x_at(size_t m, size_t tile) const {
+        return {a_.x + m / 16 * band_bytes(a_.k_tiles) + tile * 2 * kTileBytes, band_bytes(a_.k_tiles)};
+    }
+    float* y_at(size_t m, size_t panel) const { return a_.y + m * a_.y_stride + panel * kTileN; }
+
+    StepSums sums(const Pair& p, size_t m) const {
+        auto* const spill = reinterpret_cast<float*>(a_.scratch + kSpillAt);
+        StepSums of;
+        for (size_t b = 0; b < 2; ++b)
+            for (size_t i = 0; i < 2; ++i) {
+                const size_t row = m + 16 * b, at = (p.panel - p.begin + i) * kBlockBands + (row - m0_) / 16;
+                auto* const kept = reinterpret_cast<float*>(a_.scratch + kSumsAt + at * kTileBytes);
+                of.at[b][i] = {p.tile ? kept : nullptr, kept, 64, 16, spill};
+                if (!is_last(p)) continue;
+                of.at[b][i].to = y_at(row, p.panel + i), of.at[b][i].stride = a_.y_stride * sizeof(float);
+                of.at[b][i].rows = row < a_.m ? std::min<size_t>(16, a_.m - row) : 0;
+            }
+        return of;
+    }
+    bool is_last(const Pair& p) const { return p.tile + kBlockTiles >= a_.k_tiles; }
+
+    Soon<F> soon(const Pair& now, const Pair& next, size_t m) const {
+        Soon<F> of;
+        const size_t tile = is_last(now) ? 0 : now.tile + kBlockTiles;  // 0: of the next block of panels
+        if (tile > 0 || now.end < a_.n_panels) {
+            const size_t lines = kTileBytes / 64, n_pairs = (now.end - now.begin + 1) / 2;
+            const size_t pair = (now.panel - now.begin) / 2;
+            of.x = {x_at(m, tile), lines * pair / n_pairs, lines * (pair + 1) / n_pairs};
+        }
+        if (F == Format::bf16 && !is_end(next)) {
+            const auto [begin, end] = part(kTileBytes / 64, m);
+            of.w = {tiles(next, 0), begin, end};
+        }
+        if (is_last(now) && m + 32 < m1_) of.y = y_at(m + 32, now.panel), of.y_stride = a_.y_stride;
+        return of;
+    }
+
+    const LinearArgs& a_;
+    const size_t m0_, m1_;
+};
 
 template <Format F>
 void linear(const LinearArgs& a) {
     configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
-    for (size_t m = 0; m < a.m; m += kBlockBands * 16)
-        for (size_t p = 0; p < a.n_panels; p += kBlockPanels)
-            multiply_block<F>(a, m, std::min(m + kBlockBands * 16, a.m), p, std::min(p + kBlockPanels, a.n_panels));
+    const size_t rows = even_part(a.m, kBlockBands * 16, 32);
+    for (size_t m = 0; m < a.m; m += rows) Walk<F>(a, m, std::min(m + rows, a.m)).run();
     release_tiles();
 }

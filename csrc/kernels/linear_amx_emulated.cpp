@@ -2,6 +2,8 @@
 // machine. Never selected (m_max is 0), only called by name.
 #include <algorithm>
 #include <cstring>
+#include <span>
+#include <utility>
 
 #include "kernels/bytes_avx512.h"
 #include "kernels/linear_rows.h"

@@ -52,15 +52,14 @@ void multiply(const uint8_t* x, const uint8_t* w, size_t tiles, float* y, size_t
 
 template <Format F>
 void linear(const LinearArgs& a) {
-    const size_t band_bytes = a.k_tiles * 2 * 1024;
     for (size_t t0 = 0; t0 < a.k_tiles; t0 += kBlockTiles) {
         const size_t t1 = std::min(t0 + kBlockTiles, a.k_tiles);
         for (size_t p = 0; p < a.n_panels; ++p) {
             const uint8_t* w = panel_to_bf16<F>(a.panels + p * panel_bytes(F, a.k_tiles),
                                                 has_scales(F) ? a.panel_scales[p] : 1.0f, a.k_tiles, t0, t1, a.scratch);
             for (size_t m = 0; m < a.m; m += 16)
-                multiply(a.x + m / 16 * band_bytes + t0 * 2048, w, t1 - t0, a.y + m * a.y_stride + p * kTileN,
-                         a.y_stride, std::min<size_t>(16, a.m - m), t0 == 0);
+                multiply(a.x + m / 16 * band_bytes(a.k_tiles) + t0 * 2048, w, t1 - t0,
+                         a.y + m * a.y_stride + p * kTileN, a.y_stride, std::min<size_t>(16, a.m - m), t0 == 0);
         }
     }
 }

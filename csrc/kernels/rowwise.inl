@@ -123,7 +123,7 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
             const float* tile =
                 row < m ? take_tile(x + (row - m0) * x_stride + (t - t0) * kTileK, t, k, padded) : nullptr;
             if (a == Activation::bf16) {
-                uint8_t* to = out + row / 16 * (k_tiles * 2048) + t * 2048 + row % 16 * 64;
+                uint8_t* to = out + row / 16 * band_bytes(k_tiles) + t * 2048 + row % 16 * 64;
                 for (size_t half = 0; half < 2; ++half, to += 1024)
                     if (tile)
                         store_pair_order(reinterpret_cast<uint16_t*>(to), tile + half * 32);

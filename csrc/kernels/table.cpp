@@ -36,16 +36,21 @@ size_t rows_of_class(size_t m, RowClass row_class) {
 
 }  // namespace
 
-size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {
+size_t packed_offset(Activation a, size_t m, size_t k_tiles) {
     switch (a) {
         case Activation::f32:
             return m * k_tiles * kTileK * sizeof(float);
         case Activation::i16:
             return m * I16Row::bytes(k_tiles);
         case Activation::bf16:
-            return padded_rows(a, m) * k_tiles * kTileK * sizeof(uint16_t);
+            return m / 16 * band_bytes(k_tiles);
     }
     return 0;
+}
+
+size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {
+    if (a != Activation::bf16 || m == 0) return packed_offset(a, m, k_tiles);
+    return packed_offset(a, m - 1, k_tiles) + 16 * k_tiles * kTileK * sizeof(uint16_t);
 }
 
 std::span<const LinearKernel> linear_kernels() {

@@ -248,6 +248,12 @@ void bind_program(nb::module_& m) {
     m.def(
         "kv_page_bytes", [](const std::string& kv, size_t head_dim) { return KvPage::bytes(kv_named(kv), head_dim); },
         "kv"_a, "head_dim"_a, "Bytes of PAGE positions of one KV head.");
+    m.def(
+        "packed_bytes",
+        [](const std::string& format, size_t m, size_t k) {
+            return most_packed_bytes(format_named(format), m, tiles_of(k));
+        },
+        "format"_a, "m"_a, "k"_a, "Bytes of m rows of k inputs as the kernels of a format want them, at most.");
     m.def("scratch_bytes", &Program::scratch_bytes, "widest_inputs"_a, "context"_a, "head_dim"_a,
           "Bytes of scratch a thread.");
     m.def("attend_chunk", &Program::attend_chunk, "context"_a, "Positions that one thread attends to at a time.");

@@ -62,10 +62,8 @@ int Program::add_buffer(std::vector<size_t> width, bool of_outputs) {
 
 int Program::add_weight(std::shared_ptr<Weight> weight) {
     for (size_t r = 0; r < team_->n_ranks(); ++r)
-        for (const LinearKernel& k : linear_kernels())
-            if (k.format == weight->format)
-                packed_bytes_ =
-                    std::max(packed_bytes_, packed_bytes(k.activation, options_.max_tokens, weight->slice(r).k_tiles));
+        packed_bytes_ =
+            std::max(packed_bytes_, most_packed_bytes(weight->format, options_.max_tokens, weight->slice(r).k_tiles));
     weights_.push_back(std::move(weight));
     return static_cast<int>(weights_.size()) - 1;
 }

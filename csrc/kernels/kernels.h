@@ -94,6 +94,8 @@ enum class RowClass : uint8_t { best, few, many };
 constexpr std::string_view kRowClassNames[] = {"best", "few", "many"};
 constexpr size_t kFewRows = 8, kManyRows = 64;  // inside the ranges of every format's rows of the class
 const LinearKernel& choose_linear(Isa isa, Format format, size_t m, RowClass row_class);
+// Bytes of M rows as the kernels of a format want them, at most.
+size_t most_packed_bytes(Format format, size_t m, size_t k_tiles);
 // The row of that name, or null.
 const LinearKernel* find_linear(std::string_view name);
 

@@ -67,6 +67,13 @@ const LinearKernel& choose_linear(Isa isa, Format format, size_t m, RowClass row
 
 const LinearKernel* find_linear(std::string_view name) { return find(linear_kernels(), name); }
 
+size_t most_packed_bytes(Format format, size_t m, size_t k_tiles) {
+    size_t most = 0;
+    for (const LinearKernel& k : linear_kernels())
+        if (k.format == format) most = std::max(most, packed_bytes(k.activation, m, k_tiles));
+    return most;
+}
+
 std::span<const AttendKernel> attend_kernels() {
     static const auto rows = joined<AttendKernel>({attend_rows_amx(), attend_rows_avx512(), attend_rows_avx2(),
                                                    attend_rows_scalar(), attend_rows_amx_emulated()});

@@ -445,6 +445,11 @@ PAGE: int = 64
 def kv_page_bytes(kv: str, head_dim: int) -> int:
     """Bytes of PAGE positions of one KV head."""
 
+def packed_bytes(format: str, m: int, k: int) -> int:
+    """
+    Bytes of m rows of k inputs as the kernels of a format want them, at most.
+    """
+
 def scratch_bytes(widest_inputs: int, context: int, head_dim: int) -> int:
     """Bytes of scratch a thread."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import fourfold._core as _core
 from fourfold.config import KVFormat, WeightFormat
 from fourfold.format import panel_bytes
-from fourfold.program import TILE_K, TILE_N, Cut, ProgramBuilder, assign_buffers
+from fourfold.program import TILE_N, Cut, ProgramBuilder, assign_buffers
 from fourfold.rotary import table_bytes
 
 PAGE: int = _core.PAGE  # positions of a KV page
@@ -95,7 +95,6 @@ def footprint(
     head_dim = builder.config.head_dim
     page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
     widest = max(inputs.size for _, inputs in cuts.values())
-    packed = max(-(-width // TILE_K) * TILE_K for _, inputs in cuts.values() for width in inputs.widths)
     held = [slice_bytes(formats[name], *cut) for name, cut in cuts.items()]  # (weights, ranks)
     for rank, slices in enumerate(zip(*held, strict=True)):
         weights.append(sum(slices))
@@ -103,13 +102,15 @@ def footprint(
         n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())
         on_disk.append(n_panels * F32 + len(cuts) * SMALL_PAGE + threads[rank] * _room(panel))
         kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
-        rows = [packed, packed, *(-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers)]
+        packed = max(_core.packed_bytes(formats[name], max_tokens, k.widths[rank]) for name, (_, k) in cuts.items())
+        rows = [-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers]
         scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
         partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
         filters = [op.reads[0].cut.widths[rank] for op in builder.ops if op.kind == "with_previous"]
         state_page.append(sum(filters) * F32)
         state_text.append(_core.Program.KEPT_ROWS * state_page[-1])
-        work.append(sum(_room(max_tokens * width * F32) for width in rows) + scratch + partials)
+        activations = 2 * _room(packed) + sum(_room(max_tokens * width * F32) for width in rows)
+        work.append(activations + scratch + partials)
     rope = table_bytes(builder.config, context)
     by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))
     looked_up = frozenset(cuts) - multiplied

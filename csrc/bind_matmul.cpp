@@ -133,12 +133,10 @@ void bind_matmul(nb::module_& m) {
             return tensors.has_value();
         },
         "tensor"_a, "parameter"_a,
-        "The types that `linear` takes: a framework's tensor, and that of weights. False where the first has no table "
-        "of DLPack's functions, or one of another version.");
+        "The types that `linear` takes. False where the first has no table of DLPack's functions that we know.");
     m.def("linear", &linear, "x"_a, "weight"_a, "scales"_a.none(), "bias"_a.none(), "format"_a, "n"_a, "k"_a,
           "threads"_a, "openmp"_a,
-          "y = x Wᵀ + bias, a new tensor of x's type, on tensors of the types that were lent; None where one is of "
-          "another type, of other numbers or another shape than it should be, not contiguous or not in CPU memory.");
+          "y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.");
     m.def(
         "matmul",
         [](std::string_view format, size_t n, size_t k, uintptr_t panels, uintptr_t scales, uintptr_t x, int x_type,

@@ -1,8 +1,8 @@
 """The product of `torch.ops.fourfold.linear` without its dispatcher, for where nobody but the caller is to see it.
 
 A call through the dispatcher passes three layers of Python, longer than a small matrix at one token takes. Where there
-is nothing to record, trace, cast or transform, `multiply` is the same product in one call: C++ reads the tensors through
-the table of functions that PyTorch gives for that (DLPack's), checks them, makes the result, and multiplies.
+is nothing to record, trace, cast or transform, `multiply` is the same product in one call: C++ reads the tensors by the
+table of functions that PyTorch gives for that (DLPack's), checks them, makes the result, and multiplies.
 """
 
 from __future__ import annotations

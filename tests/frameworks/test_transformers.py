@@ -156,8 +156,14 @@ def test_a_tied_head_stays_tied(checkpoint: Callable[[str], Path], tmp_path: Pat
     again = load(tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert again.to(torch.float16).model.embed_tokens(IDS).dtype == torch.float16
-    again.dequantize()
+    again = load(tmp_path)
+    again.dequantize(torch.bfloat16)
     assert again.model.embed_tokens.weight.shape == embedding.shape
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    again.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(load(tmp_path / "plain")), logits(again))
+    assert again.resize_token_embeddings(130) is again.model.embed_tokens
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_a_head_with_a_format_of_its_own_must_be_there_and_wanted(checkpoint: Callable[[str], Path]) -> None:

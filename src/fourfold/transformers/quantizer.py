@@ -223,17 +223,21 @@ class FourfoldQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         for part in _parts_of(model):
             vars(part).pop(RESIZE, None)
+        weights: dict[Linear, nn.Parameter] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(module.dequantize().to(wanted), requires_grad=False)
+                plain.weight = weights[module] = nn.Parameter(module.dequantize().to(wanted), requires_grad=False)
                 plain.bias = module.bias
                 model.set_submodule(name, plain.train(module.training))
             elif is_quantized_experts(module, "down_proj"):
                 dequantize_experts(module, wanted)
-            elif isinstance(module, TiedEmbedding):
-                rows = module.head.dequantize().to(wanted)
-                model.set_submodule(name, nn.Embedding.from_pretrained(rows).train(module.training))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TiedEmbedding):
+                embedding = nn.Embedding(*weights[module.head].shape, device="meta")
+                embedding.weight = weights[module.head]
+                model.set_submodule(name, embedding.train(module.training))
+        _tie_again(model)
         return model
 
 
@@ -290,6 +294,15 @@ def _untie(model: PreTrainedModel, name: str) -> None:
         if any(key.startswith(within) for pair in ties.items() for key in pair):
             part._tied_weights_keys = _without(ties, within)
     model.all_tied_weights_keys = _without(model.all_tied_weights_keys, prefix)
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Transformers knows again of the tensors that are one after all."""
+    for part in _parts_of(model):
+        if vars(part).pop("_tied_weights_keys", None) is not None:
+            tensors, ties = dict(part.named_parameters(remove_duplicate=False)), part.get_expanded_tied_weights_keys()
+            part._tied_weights_keys = {a: b for a, b in ties.items() if tensors[a] is tensors[b]}
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _without(ties: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -37,6 +37,7 @@ FRAMEWORKS := $(VENV)/.frameworks
 GPTQMODEL := gptqmodel==7.7.0 pypcre logbar device-smi tokenicer threadpoolctl defuser datasets pyarrow dill multiprocess \
 	xxhash torchao optimum
 $(FRAMEWORKS): $(READY)
+	$(BIN)/pip install --quiet wheel # DeepSpeed's setup.py asks for it
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[frameworks]"
 	$(BIN)/pip install --quiet --no-deps $(GPTQMODEL)
 	@touch $@

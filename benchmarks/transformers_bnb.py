@@ -32,7 +32,7 @@ from fourfold.tokenizer import Tokenizer
 from peers.worker import PeerFailed, Worker
 
 WORKER = Path(__file__).parent / "workers" / "in_transformers.py"
-METHODS = ("fourfold", "fourfold-head-int8", "fourfold-head-nf4", "bitsandbytes", "none")
+METHODS = ("fourfold", "fourfold-head-kept", "fourfold-head-nf4", "bitsandbytes", "none")
 PEER = "bitsandbytes"
 LOADS = {"decode": {"decode": 24}, "prompt": {"prompt": 512}}
 TOKENS = {"decode": 1, "prompt": 512}  # in the seconds of a turn

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "exchange.h"
 #include "machine.h"
 #include "matmul.h"
 #include "names.h"
@@ -39,6 +40,56 @@ Isa own_isa() {
 }
 
 NumberType type_at(int i) { return static_cast<NumberType>(i); }
+
+std::optional<Exchange> tensors;
+
+// To give the interpreter to others and take it back costs a part of a small product. Below so many multiplications,
+// which take tens of microseconds, it is kept.
+constexpr size_t kKeepInterpreter = size_t{4} << 20;
+
+// What a call of these tensors computes, but for the result; nothing where one of them is not as it should be.
+std::optional<MatmulArgs> read_tensors(const SeenTensor& x, nb::handle weight, nb::handle scales, nb::handle bias,
+                                       const Format format, size_t n, size_t k) {
+    const auto x_type = x.number_type();
+    const auto panels = tensors->weight(weight);
+    if (!x_type || x.axes() == 0 || x.length(x.axes() - 1) != k) return {};
+    if (!panels || !panels->is_bytes({panels_of(n), panel_bytes(format, tiles_of(k))})) return {};
+    MatmulArgs args{};
+    args.w = {format, n, k, panels->data<const uint8_t>(), nullptr};
+    args.x = x.data<const void>();
+    args.x_type = args.y_type = *x_type;
+    args.m = 1;
+    args.x_stride = k;
+    for (size_t axis = 0; axis + 1 < x.axes(); ++axis) args.m *= x.length(axis);
+    if (has_scales(format)) {
+        const auto seen = tensors->weight(scales);
+        if (!seen || !seen->is_bytes({panels_of(n), sizeof(float)})) return {};
+        args.w.panel_scales = seen->data<const float>();
+    }
+    if (!bias.is_none()) {
+        const auto seen = tensors->weight(bias);
+        if (!seen || !seen->number_type() || seen->axes() != 1 || seen->length(0) != n) return {};
+        args.bias = seen->data<const void>();
+        args.bias_type = *seen->number_type();
+    }
+    return args;
+}
+
+nb::object linear(nb::handle x, nb::handle weight, nb::handle scales, nb::handle bias, std::string_view format,
+                  size_t n, size_t k, size_t threads, bool openmp) {
+    if (!tensors) throw std::invalid_argument("no tensors were lent");
+    const auto rows = tensors->plain(x);
+    if (!rows) return nb::none();
+    auto args = read_tensors(*rows, weight, scales, bias, format_named(format), n, k);
+    if (!args) return nb::none();
+    nb::object y = tensors->make(*rows, n, args->y);
+    Crew& crew = crew_for(openmp);
+    const Isa isa = own_isa();
+    std::optional<nb::gil_scoped_release> release;
+    if (n * k * args->m > kKeepInterpreter) release.emplace();
+    matmul(*args, isa, crew, threads);
+    return y;
+}
 
 }  // namespace
 }  // namespace fourfold
@@ -75,6 +126,17 @@ void bind_matmul(nb::module_& m) {
         "parallel"_a, "thread_num"_a, "num_threads"_a,
         "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that `openmp=True` "
         "uses.");
+    m.def(
+        "lend_tensors",
+        [](nb::handle tensor, nb::handle parameter) {
+            tensors = Exchange::of(tensor, parameter);
+            return tensors.has_value();
+        },
+        "tensor"_a, "parameter"_a,
+        "The types that `linear` takes. False where the first has no table of DLPack's functions that we know.");
+    m.def("linear", &linear, "x"_a, "weight"_a, "scales"_a.none(), "bias"_a.none(), "format"_a, "n"_a, "k"_a,
+          "threads"_a, "openmp"_a,
+          "y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.");
     m.def(
         "matmul",
         [](std::string_view format, size_t n, size_t k, uintptr_t panels, uintptr_t scales, uintptr_t x, int x_type,

@@ -39,7 +39,7 @@ def _bitsandbytes() -> Any:
 
 METHODS: Mapping[str, Callable[[], Any]] = {
     "fourfold": _fourfold,
-    "fourfold-head-int8": lambda: _fourfold(head="int8"),
+    "fourfold-head-kept": lambda: _fourfold(head=None),
     "fourfold-head-nf4": lambda: _fourfold(modules_to_not_convert=[]),
     "bitsandbytes": _bitsandbytes,
     "none": lambda: None,

@@ -3,7 +3,7 @@ The arithmetic of fourfold. Private: the public face is the Python package.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Final, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ def choose_attend(isa: str, kv: str, m: int, row_class: str) -> str:
     The row that a step of M tokens takes over pages of a format on an ISA.
     """
 
+@overload
 def linear(
     kernel: str,
     isa: str,
@@ -33,6 +34,22 @@ def linear(
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None: ...
+@overload
+def linear(
+    x: object,
+    weight: object,
+    scales: object | None,
+    bias: object | None,
+    format: str,
+    n: int,
+    k: int,
+    threads: int,
+    openmp: bool,
+) -> object:
+    """
+    y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.
+    """
+
 def attend(
     kernel: str,
     q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
@@ -165,6 +182,11 @@ def view(array: Annotated[NDArray, dict(device="cpu", writable=False)]) -> objec
 def lend_openmp(parallel: int, thread_num: int, num_threads: int) -> None:
     """
     Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that `openmp=True` uses.
+    """
+
+def lend_tensors(tensor: object, parameter: object) -> bool:
+    """
+    The types that `linear` takes. False where the first has no table of DLPack's functions that we know.
     """
 
 def matmul(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from typing import Any
 
 import pytest
@@ -9,9 +11,8 @@ import pytest
 from fourfold.errors import UserError
 
 torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
-from fourfold.torch import Linear  # noqa: E402
+from fourfold.torch import Linear, direct  # noqa: E402
 from fourfold.torch import grouped as _grouped  # noqa: E402, F401  # defines the operator
-from fourfold.torch import linear as linear_module  # noqa: E402
 from fourfold.torch.embedding import TiedEmbedding  # noqa: E402
 
 K, N, E = 70, 40, 3
@@ -112,7 +113,7 @@ def test_past_the_dispatcher_there_are_the_same_bits(format: str, bias: bool) ->
 @torch.no_grad()
 def test_whoever_wants_to_see_a_call_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = made("nf4"), torch.randn(2, K)
-    monkeypatch.setattr(linear_module, "multiply", _never)
+    monkeypatch.setattr(direct, "_linear", _never)
     with torch.enable_grad():
         assert linear(x.requires_grad_()).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,6 +127,40 @@ def test_whoever_wants_to_see_a_call_sees_it(monkeypatch: pytest.MonkeyPatch) ->
     )
     with pytest.raises(AssertionError, match="seen"):
         linear(x.detach())
+
+
+class Own(torch.Tensor):
+    """A type that may compute in a way of its own."""
+
+
+@torch.no_grad()
+def test_what_the_table_has_no_words_for_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = made("nf4"), torch.randn(2, K)
+    expected = linear(x)
+    assert torch.equal(linear(torch._neg_view(-x)), expected)  # its memory holds -x
+    assert type(linear(x.as_subclass(Own))) is Own
+    assert torch.equal(linear(x.t().contiguous().t()), expected)
+    monkeypatch.setattr(direct, "HAS_TABLE", False)
+    assert torch.equal(linear(x), expected)
+    assert not direct._core.lend_tensors(int, torch.nn.Parameter)
+    assert direct._core.lend_tensors(torch.Tensor, torch.nn.Parameter)
+
+
+@torch.no_grad()
+def test_a_product_past_the_dispatcher_is_a_tensor_like_any_other() -> None:
+    linear, x = made("nf4"), torch.randn(2, K)
+    y = linear(x)
+    assert y.is_contiguous()
+    assert not y.requires_grad
+    again = copy.deepcopy(y)
+    y += 1
+    assert torch.equal(y, again + 1)
+    kept = [linear(x) for _ in range(100)]
+    del linear
+    gc.collect()
+    assert all(torch.equal(one, again) for one in kept)
+    with torch.inference_mode():
+        assert made("nf4")(x).is_inference()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 import re
@@ -17,7 +18,7 @@ from fourfold.errors import UnsupportedError, UserError
 torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: `make frameworks`")
 pytest.importorskip("accelerate", reason="accelerate is not installed: `make frameworks`")
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 from fourfold.torch import Linear  # noqa: E402
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {**SMALL, "state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
 }
 MODELS = {kind: (AutoModelForCausalLM, options) for kind, options in OPTIONS.items()}
+MODELS["bert"] = (AutoModel, {**HEADS, "intermediate_size": 96})
 IDS = torch.arange(1, 13).view(2, 6)
 
 
@@ -148,18 +150,73 @@ def test_linears_of_classes_that_are_not_known_are_named(
     assert re.search(named, caplog.text)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "head"),
+    [
+        ("llama", {}, "int8"),
+        ("llama", {"format": "int8"}, "int8"),
+        ("llama", {"format": "bf16"}, None),  # finer than int8
+        ("llama", {"head": None}, None),
+        ("llama", {"modules_to_not_convert": ["lm_head"]}, None),
+        ("llama", {"modules_to_not_convert": []}, None),  # like the rest
+        ("mamba2", {}, None),  # it multiplies by the head's weight itself
+        ("bert", {}, None),  # no head
+    ],
+)
+def test_the_head_is_quantized_to_int8_where_nothing_is_lost_by_it(
+    kind: str, options: dict[str, Any], head: str | None, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    given = FourfoldConfig(**options)
+    auto = MODELS[kind][0]
+    model = auto.from_pretrained(checkpoint(kind), quantization_config=given)
+    assert model.config.quantization_config.head == head
+    expected = "nf4" if options.get("modules_to_not_convert") == [] else head
+    assert getattr(model.get_output_embeddings(), "format", None) == expected
+    assert given.head == options.get("head", "auto")  # it can be given for another model
+    model.save_pretrained(tmp_path)
+    assert auto.from_pretrained(tmp_path).config.quantization_config.head == head
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["head"] == head
+    if head is None:  # of files that were saved without one
+        del config["quantization_config"]["head"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        again = auto.from_pretrained(tmp_path)
+        assert again.config.quantization_config.head is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_models_body_does_without_its_head(
+    tied: bool, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plain = load(checkpoint("llama"))
+    plain.config.tie_word_embeddings = tied
+    plain.tie_weights()
+    plain.save_pretrained(tmp_path)
+    model = load(tmp_path, FourfoldConfig())
+    model.save_pretrained(tmp_path / "saved")
+    if tied:  # where its embedding is
+        with pytest.raises(
+            UnsupportedError, match="LlamaModel has no output head, and this model's embedding was saved"
+        ):
+            AutoModel.from_pretrained(tmp_path / "saved")
+    else:
+        body = AutoModel.from_pretrained(tmp_path / "saved")
+        with torch.no_grad():
+            assert torch.equal(body(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_quantized_head_is_not_resized(tied: bool, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     plain = load(checkpoint("llama"))
     plain.config.tie_word_embeddings = tied
     plain.tie_weights()
     plain.save_pretrained(tmp_path)
-    kept = load(tmp_path, FourfoldConfig())
+    kept = load(tmp_path, FourfoldConfig(head=None))
     assert kept.resize_token_embeddings(130).weight.shape == (130, 64)
     model = load(tmp_path, FourfoldConfig(head="int8"))
     model.save_pretrained(tmp_path / "saved")
     for quantized in (model, load(tmp_path / "saved"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(UnsupportedError, match=r"cannot be resized; dequantize\(\) the model first"):
+        with pytest.raises(UnsupportedError, match=r"cannot be resized; .*FourfoldConfig\(head=None\)"):
             quantized.resize_token_embeddings(130)
     if tied:
         with pytest.raises(UnsupportedError, match="cannot be resized"):

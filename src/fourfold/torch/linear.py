@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fourfold.errors import UserError
 from fourfold.matrix import QuantizedMatrix, check_format, quantize
-from fourfold.torch.direct import is_unobserved, multiply
+from fourfold.torch.direct import multiply
 from fourfold.torch.hooks import keep_hooks, make_weight, same_bias
 from fourfold.torch.ops import weight_shapes
 
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
             raise UserError(f"a linear needs inputs and outputs, not {in_features} and {out_features}")
         self.in_features, self.out_features = in_features, out_features
         self.format = check_format(format)
-        self._shapes = shape, scale_shape = weight_shapes(format, out_features, in_features)
+        shape, scale_shape = weight_shapes(format, out_features, in_features)
         self.weight = fixed(torch.zeros(shape, dtype=torch.uint8, device=device))
         self.weight_scale = None
         if scale_shape is not None:
@@ -90,13 +90,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Raises UserError for inputs of another width or type."""
-        if is_unobserved(input):
-            own = self._parameters  # a module's attributes take a microsecond each
-            weight, scale, bias = own["weight"], own.get("weight_scale"), own["bias"]
-            n, k = self.out_features, self.in_features
-            direct = multiply(input, weight, scale, bias, self.format, *self._shapes, n, k)
-            if direct is not None:
-                return direct
+        direct = multiply(input, self._parameters, self.format, self.out_features, self.in_features)
+        if direct is not None:
+            return direct
         if not input.ndim or input.shape[-1] != self.in_features:
             raise UserError(f"the last axis must be the {self.in_features} inputs; this input is {tuple(input.shape)}")
         y: Tensor = torch.ops.fourfold.linear(

@@ -14,6 +14,8 @@ from fourfold.matrix import check_format
 
 METHOD = "fourfold"
 GIVEN = "given_config"
+AUTO = "auto"
+AUTO_HEAD = "int8"
 
 
 @register_quantization_config(METHOD)
@@ -24,8 +26,10 @@ class FourfoldConfig(QuantizationConfigMixin):
     - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
       beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
       methods do. A list takes the place of that: with [] the head is quantized like everything else.
-    - `head`: a format for the output head alone, None to leave it to `modules_to_not_convert`. In int8 it is as good as
-      unquantized, and read in half the time.
+    - `head`: a format for the output head alone, or None to leave it to `modules_to_not_convert`. "auto" is int8, which
+      is as good as unquantized and read in half the time, where there is no list, the format is no finer (bf16, f32),
+      the model only calls its head, and what is tied to it can be read from it; else None. A saved model's config says
+      which it became.
 
     An embedding that is tied to a quantized head is read from it, so that there is one matrix still.
 
@@ -36,7 +40,7 @@ class FourfoldConfig(QuantizationConfigMixin):
         self,
         format: str = "nf4",
         modules_to_not_convert: list[str] | None = None,
-        head: str | None = None,
+        head: str | None = AUTO,
         *,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -50,7 +54,7 @@ class FourfoldConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format: str = check_format(format)
         self.modules_to_not_convert = _checked(modules_to_not_convert)
-        self.head: str | None = None if head is None else check_format(head)
+        self.head: str | None = head if head in (None, AUTO) else check_format(head)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What Transformers hands from the config that is given for a saved model to the one that was saved."""
@@ -62,6 +66,8 @@ class FourfoldConfig(QuantizationConfigMixin):
         if given is None:
             return
         saved = self.to_dict()
+        if given["head"] == AUTO:  # whatever it became
+            given = {**given, "head": saved["head"]}
         if different := [f"{key}={saved[key]!r}, not {given[key]!r}" for key in saved if given[key] != saved[key]]:
             raise UnsupportedError(
                 f"this model was saved with {'; '.join(different)}: load it without a quantization_config, or quantize "

@@ -19,11 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fourfold.errors import CheckpointError, UnsupportedError, UserError
+from fourfold.format import SCALED
 from fourfold.torch.embedding import TiedEmbedding
 from fourfold.torch.linear import Linear
 from fourfold.torch.ops import NUMBER_TYPES
 from fourfold.transformers.choosing import is_linear, is_read
-from fourfold.transformers.config import METHOD, FourfoldConfig
+from fourfold.transformers.config import AUTO, AUTO_HEAD, METHOD, FourfoldConfig
 from fourfold.transformers.experts import (
     are_experts,
     check_choice,
@@ -104,7 +105,10 @@ class FourfoldQuantizer(HfQuantizer):
             if all(should_convert_module(name, [pattern]) for name in names):
                 raise UserError(f"{pattern!r} in modules_to_not_convert is no module of {type(model).__name__}")
         kept = self.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
-        if self.quantization_config.head is not None:
+        is_auto = self.quantization_config.head == AUTO
+        if is_auto:
+            self.quantization_config.head = AUTO_HEAD if given is None and self._may_take_head(model) else None
+        if self.quantization_config.head is not None and not self._is_headless(model):
             self._head = _head_of(model)
             kept = [name for name in kept if name != self._head]
             if not should_convert_module(self._head, given or []):
@@ -114,17 +118,43 @@ class FourfoldQuantizer(HfQuantizer):
                     f"{type(model).__name__} uses {self._head}.weight itself, so {self._head} must stay as it is"
                 )
         found = self._exchange(model, kept) + self._exchange_experts(model, kept)
-        if not found:
-            known = ", ".join([*sorted(kept), *_left(model, kept, [], 1)])
+        only_head = all(model.get_submodule(name) is model.get_output_embeddings() for name in found)
+        if not found or (is_auto and only_head):
+            known = ", ".join([*sorted({*kept, *found}), *_left(model, kept, found, 1)])
             raise UserError(f"{type(model).__name__} has no matrix to quantize beside {known}")
         if self.pre_quantized and checkpoint_files:
             check_files(checkpoint_files, self.quantization_config.formats)
         if not self.pre_quantized:
-            only_head = all(model.get_submodule(name) is model.get_output_embeddings() for name in found)
             worth_saying = 1 if only_head else WORTH_SAYING
             if left := _left(model, kept, self._tied, worth_saying):
                 which = ", ".join(left)
                 log.warning("left as they are, for fourfold does not know how they are computed with: %s", which)
+
+    def _may_take_head(self, model: PreTrainedModel) -> bool:
+        """Whether a head in int8 is no coarser than the rest, and takes the place of all that it is tied to."""
+        if self.pre_quantized or self.quantization_config.format not in SCALED or not model.get_output_embeddings():
+            return False
+        name = _head_of(model)
+        others = _sharing(model, name) - {name}
+        return (
+            is_linear(model.get_submodule(name))
+            and not any(is_read(model, shared) for shared in (name, *others))
+            and all(type(model.get_submodule(other)) is nn.Embedding for other in others)
+        )
+
+    def _is_headless(self, model: PreTrainedModel) -> bool:
+        """Whether this is the body of a saved model, which does without the head that was saved.
+
+        Raises UnsupportedError where the embedding is in the head.
+        """
+        if not self.pre_quantized or model.get_output_embeddings() is not None:
+            return False
+        if model.config.get_text_config().tie_word_embeddings:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no output head, and this model's embedding was saved as its head: "
+                "quantize the model that it was made from with head=None"
+            )
+        return True
 
     def _exchange(self, model: PreTrainedModel, kept: list[str]) -> list[str]:
         """Puts empty quantized modules in their places; the names of these, and of those that will be."""
@@ -193,17 +223,21 @@ class FourfoldQuantizer(HfQuantizer):
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         for part in _parts_of(model):
             vars(part).pop(RESIZE, None)
+        weights: dict[Linear, nn.Parameter] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear):
                 plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(module.dequantize().to(wanted), requires_grad=False)
+                plain.weight = weights[module] = nn.Parameter(module.dequantize().to(wanted), requires_grad=False)
                 plain.bias = module.bias
                 model.set_submodule(name, plain.train(module.training))
             elif is_quantized_experts(module, "down_proj"):
                 dequantize_experts(module, wanted)
-            elif isinstance(module, TiedEmbedding):
-                rows = module.head.dequantize().to(wanted)
-                model.set_submodule(name, nn.Embedding.from_pretrained(rows).train(module.training))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TiedEmbedding):
+                embedding = nn.Embedding(*weights[module.head].shape, device="meta")
+                embedding.weight = weights[module.head]
+                model.set_submodule(name, embedding.train(module.training))
+        _tie_again(model)
         return model
 
 
@@ -219,8 +253,8 @@ def _embedding_of(model: PreTrainedModel) -> nn.Module | None:
 
 def _refuse_to_resize(*_: Any, **__: Any) -> nn.Embedding:
     raise UnsupportedError(
-        "a quantized head, and an embedding that is read from it, cannot be resized; dequantize() the model first, or "
-        "resize the unquantized one, save it, and quantize that"
+        "a quantized head, and an embedding that is read from it, cannot be resized; quantize the model with "
+        "FourfoldConfig(head=None), or dequantize() it first"
     )
 
 
@@ -260,6 +294,15 @@ def _untie(model: PreTrainedModel, name: str) -> None:
         if any(key.startswith(within) for pair in ties.items() for key in pair):
             part._tied_weights_keys = _without(ties, within)
     model.all_tied_weights_keys = _without(model.all_tied_weights_keys, prefix)
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """Transformers knows again of the tensors that are one after all."""
+    for part in _parts_of(model):
+        if vars(part).pop("_tied_weights_keys", None) is not None:
+            tensors, ties = dict(part.named_parameters(remove_duplicate=False)), part.get_expanded_tied_weights_keys()
+            part._tied_weights_keys = {a: b for a, b in ties.items() if tensors[a] is tensors[b]}
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def _without(ties: Mapping[str, str], prefix: str) -> dict[str, str]:

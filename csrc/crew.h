@@ -4,18 +4,34 @@
 // its compiled loops enter it. Everywhere else a few of ours do, which sleep between calls.
 #pragma once
 #include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
 
 namespace fourfold {
 
-// A job is called once for each i < n, from whatever threads there are. It must not throw.
+// Memory that will probably be read next. Nobody vouches for it: it may be gone by then.
+using Ahead = std::span<const uint8_t>;
+
+// A job is called once for each i < n, from whatever threads there are, some i perhaps only when others are done. It
+// must not throw. It returns what the same i of the next call reads first, if that is known: threads of our own ask for
+// the beginning of it into their caches while they wait.
 struct Job {
-    void (*call)(void* self, size_t i);
+    Ahead (*call)(void* self, size_t i);
     void* self;
-    void operator()(size_t i) const { call(self, i); }
+    Ahead operator()(size_t i) const { return call(self, i); }
 };
 template <class F>
 Job job_of(F& f) {
-    return {[](void* self, size_t i) { (*static_cast<F*>(self))(i); }, &f};
+    constexpr auto call = [](void* self, size_t i) -> Ahead {
+        if constexpr (std::is_void_v<decltype(f(i))>) {
+            (*static_cast<F*>(self))(i);
+            return {};
+        } else {
+            return (*static_cast<F*>(self))(i);
+        }
+    };
+    return {call, &f};
 }
 
 class Crew {
@@ -26,7 +42,7 @@ class Crew {
 };
 
 // Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms and
-// then sleep. A forked child starts its own. Throws std::system_error where the system gives no more threads.
+// then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own. Throws std::system_error where the system gives no more threads.
 Crew& own_crew();
 
 // The entry points of a loaded OpenMP runtime, by the names under which GCC's and LLVM's export them.

@@ -81,7 +81,10 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 
 # The native floors, from the bottom up; kernels lie below the ops that call them, probes beside them.
 NATIVE_FLOORS = (
-    ("isa", "format", "tensorflow_api", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
+    (
+        *("isa", "format", "tensorflow_api", "sysfiles", "cgroup", "machine", "memory", "timeline", "team", "crew"),
+        *("shares", "successors"),
+    ),
     ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("matmul", "program", "ops", "ops_attention", "ops_streamed"),
     ("tensorflow_op", "tensorflow_library"),

@@ -195,6 +195,16 @@ def unpack_rows(
     Rows [begin, end) as float32 (end - begin, k), on arrays given by address.
     """
 
+def take_shares(count: int, most: int, threads: int, slow: int, seconds: float) -> list[list[tuple[int, int]]]:
+    """
+    For tests: the (begin, end) of `count` units that each thread takes in turn; `slow` sleeps after each.
+    """
+
+def learn_successors(walk: Sequence[int]) -> list[int]:
+    """
+    For tests: what is expected after each of these addresses, read in this order; 0 for nothing.
+    """
+
 def pack(
     rows: Annotated[NDArray, dict(shape=(None, None), order="C", device="cpu", writable=False)],
     format: str,

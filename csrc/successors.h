@@ -28,13 +28,17 @@ struct Reading {
 // For any number of threads at once, without a lock: a mixture of two calls is one more wrong guess.
 class Successors {
   public:
-    // `now` is read next: remembers that it came after what was read before. Returns what came after `now` when it was
-    // read the last time; nothing where that is not known.
+    // `now` is read next: remembers that it came after what was read before. Returns what came after `now` both times
+    // that it was read last; nothing where that is not known, or not the same. A wrong guess costs what it reads.
     Reading after(const Reading& now) {
         Entry& entry = entries_[place(now.panels)];
-        if (Entry* const before = last_.exchange(&entry, std::memory_order_relaxed)) before->then.store(now);
-        if (entry.panels.load(std::memory_order_relaxed) == now.panels) return entry.then.load();
-        entry.panels.store(now.panels, std::memory_order_relaxed);
+        if (Entry* const before = last_.exchange(&entry, std::memory_order_relaxed)) {
+            set(before->is_sure, get(before->then.panels) == now.panels);
+            before->then.store(now);
+        }
+        if (get(entry.panels) == now.panels) return get(entry.is_sure) ? entry.then.load() : Reading{};
+        set(entry.panels, now.panels);
+        set(entry.is_sure, false);
         entry.then.store({});
         return {};
     }
@@ -45,30 +49,32 @@ class Successors {
         return (reinterpret_cast<uintptr_t>(panels) >> 6) * 0x9E3779B97F4A7C15u >> 52;
     }
 
+    template <class T>
+    static T get(const std::atomic<T>& value) {
+        return value.load(std::memory_order_relaxed);
+    }
+    // Writes only what is new: lines that nobody writes are shared by all cores.
+    template <class T>
+    static void set(std::atomic<T>& value, T now) {
+        if (get(value) != now) value.store(now, std::memory_order_relaxed);
+    }
+
     struct Stored {
         std::atomic<const uint8_t*> panels = nullptr;
         std::atomic<size_t> n_panels = 0, panel_bytes = 0, n_threads = 0;
 
         Reading load() const { return {get(panels), get(n_panels), get(panel_bytes), get(n_threads)}; }
-        // Writes only what is new: lines that nobody writes are shared by all cores.
         void store(const Reading& reading) {
             set(panels, reading.panels);
             set(n_panels, reading.n_panels);
             set(panel_bytes, reading.panel_bytes);
             set(n_threads, reading.n_threads);
         }
-        template <class T>
-        static T get(const std::atomic<T>& value) {
-            return value.load(std::memory_order_relaxed);
-        }
-        template <class T>
-        static void set(std::atomic<T>& value, T now) {
-            if (get(value) != now) value.store(now, std::memory_order_relaxed);
-        }
     };
     struct alignas(64) Entry {
         std::atomic<const uint8_t*> panels = nullptr;
         Stored then;
+        std::atomic<bool> is_sure = false;
     };
 
     std::array<Entry, kEntries> entries_;

@@ -32,11 +32,11 @@ def test_a_slow_thread_is_helped_from_the_back() -> None:
 
 def test_the_walk_is_learned() -> None:
     a, b, c = (address << 12 for address in (1, 2, 3))
-    assert _core.learn_successors([a, b, c, a, b, c, a]) == [0, 0, 0, b, c, a, b]
-    assert _core.learn_successors([a, b, a, c, a, c]) == [0, 0, b, 0, c, a]  # what came last counts
-    assert _core.learn_successors([a, a, a]) == [0, a, a]
+    assert _core.learn_successors([a, b, c] * 3 + [a]) == [0] * 6 + [b, c, a, b]  # what came twice is expected
+    assert _core.learn_successors([a, b, a, c] * 3) == [0] * 9 + [a, 0, a]
+    assert _core.learn_successors([a] * 4) == [0, 0, a, a]
     many = [address << 21 for address in range(1, 2000)]
-    expected = _core.learn_successors(many + many)[len(many) :]
+    expected = _core.learn_successors(many * 3)[2 * len(many) :]
     right = sum(found == after for found, after in zip(expected, many[1:] + many[:1], strict=True))
     assert right > len(many) // 2  # two matrices of one place forget each other
     assert set(expected) <= {0, *many}

@@ -5,7 +5,9 @@
 Several layers, more than the last cache holds, are gone through in turn, as a decoder does: by the bare kernel on numpy
 arrays (the same bytes: the layers' own), by Keras layers called eagerly, and by one tf.function of all of them. A
 repetition is one pass of each, so that they share the machine's minutes; ratios are of passes of the same repetition.
-What TensorFlow takes for any op at that place, caches being full of weights, is shown by an op of its own, -x.
+What TensorFlow takes for any op at that place, caches being full of weights, is shown by an op of its own, -x; and what
+it takes to call a tf.function there, whatever is in it, by one of nothing but -x. Such a call is made once for all
+layers: "but for the call" is the layers' own share of a pass.
 Needs `pip install 'fourfold[tensorflow]'`. The last line is one JSON document.
 """
 
@@ -46,16 +48,21 @@ def main() -> None:
         for name, times in measure(size, options.format, options.megabytes, options.repeats).items():
             results.append({"size": size, "what": name, **times})
             spread = f"({times['low']:.3f}–{times['high']:.3f})"
-            print(f"{size:6} {name:32} {times['us']:8.1f} µs  {times['ratio']:.3f} {spread}")
+            print(f"{size:6} {name:48} {times['us']:8.1f} µs  {times['ratio']:.3f} {spread}")
     print(json.dumps({"format": options.format, "threads": default_threads(), "results": results}))
 
 
 def measure(size: int, format: str, megabytes: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Microseconds a layer, and the ratio to the bare kernel: median, lower and upper quartile over the repetitions."""
+    """Microseconds a layer, and the ratio to the bare kernel: median, lower and upper quartile over the repetitions.
+
+    That of the call of a tf.function is microseconds a call.
+    """
     layers = [random_layer(size, format) for _ in range(max(2, megabytes * 1_000_000 // (size * size // 2)))]
     x = tf.random.normal((1, size))
     together = tf.function(lambda x: [layer(x) for layer in layers])
     chained = tf.function(lambda x: through(layers, x))
+    smallest = tf.function(lambda x: -x)
+    smallest(x)
     bare = bare_pass(layers, np.asarray(x))
     passes: dict[str, Pass] = {
         "bare kernel": bare,
@@ -66,13 +73,24 @@ def measure(size: int, format: str, megabytes: int, repeats: int) -> dict[str, d
     }
     check(layers, np.asarray(x), passes)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
+    calls = []
     for _ in range(repeats + 2):  # two to warm up
         for name, run in passes.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - begin) / len(layers))
+            seconds[name].append(time_of(run) / len(layers))
+        bare()
+        calls.append(time_of(lambda: smallest(x)))
+    for name in [name for name in passes if name.startswith("tf.function")]:
+        pairs = zip(seconds[name], calls, strict=True)
+        seconds[f"{name}, but for the call"] = [whole - call / len(layers) for whole, call in pairs]
+    seconds["a call of a tf.function"] = calls
     alone = seconds["bare kernel"][2:]
     return {name: summary(found[2:], alone) for name, found in seconds.items()}
+
+
+def time_of(run: Pass) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def random_layer(size: int, format: str) -> Dense:

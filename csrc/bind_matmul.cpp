@@ -1,16 +1,22 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "exchange.h"
 #include "machine.h"
 #include "matmul.h"
 #include "names.h"
+#include "shares.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -172,4 +178,24 @@ void bind_matmul(nb::module_& m) {
         },
         "format"_a, "n"_a, "k"_a, "panels"_a, "scales"_a, "begin"_a, "end"_a, "out"_a, "threads"_a, "openmp"_a,
         "Rows [begin, end) as float32 (end - begin, k), on arrays given by address.");
+    m.def(
+        "take_shares",
+        [](size_t count, size_t most, size_t threads, size_t slow, double seconds) {
+            std::vector<Shares::Left> left(threads);
+            std::vector<std::vector<std::pair<size_t, size_t>>> taken(threads);
+            Shares shares(left.data(), count, threads);
+            auto take_all = [&](size_t i) {
+                for (;;) {
+                    const auto units = shares.take(i, most);
+                    if (units.first == units.second) return;
+                    taken[i].push_back(units);
+                    if (i == slow) std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+                }
+            };
+            nb::gil_scoped_release release;
+            own_crew().run(threads, job_of(take_all));
+            return taken;
+        },
+        "count"_a, "most"_a, "threads"_a, "slow"_a, "seconds"_a,
+        "For tests: the (begin, end) of `count` units that each thread takes in turn; `slow` sleeps after each.");
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <thread>
 
@@ -22,35 +23,58 @@ class OwnCrew final : public Crew {
     void run(size_t n, Job job) override {
         if (n == 0) return;
         const std::lock_guard<std::mutex> turn(turn_);
-        while (n_threads_ + 1 < n) {
-            const size_t i = n_threads_ + 1;
-            std::thread([this, i, seen = call_.load()] { serve(i, seen); }).detach();  // never joined: see own_crew
-            n_threads_ = i;
-        }
+        while (parts_.size() + 1 < n) start_thread();
         job_ = job;
+        const uint64_t call = next_call(n);
+        for (size_t i = 1; i < n; ++i) parts_[i - 1].store(call, std::memory_order_relaxed);
         pending_.store(n - 1, std::memory_order_relaxed);
-        call_.store(next_call(n), std::memory_order_release);
+        call_.store(call, std::memory_order_release);
         if (n > 1) call_.notify_all();
         job(0);
+        for (size_t i = 1; i < n; ++i) {
+            if (!take(parts_[i - 1], call)) continue;
+            job(i);
+            pending_.fetch_sub(1, std::memory_order_relaxed);
+        }
         for (size_t spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins)
             spins < 10000 ? _mm_pause() : std::this_thread::yield();
     }
 
   private:
-    // A call in one word, which a thread reads at once: its number, and how many take part. Those that do not may sleep
-    // through it; those that do are waited for, so that nothing of a call changes before they are done.
+    // A call in one word, which a thread reads at once: its number, and how many parts it has. Part i is thread i's, or
+    // the caller's where that thread has not come by when the caller is done with its own: whoever takes it first. Those
+    // who took one are waited for, so that nothing of a call changes before they are done; nobody else is.
     static constexpr int kBits = 16;
+    using Part = std::atomic<uint64_t>;    // the call that it is of, until it is taken
+    static constexpr uint64_t kTaken = 0;  // no call's
     uint64_t next_call(size_t n) const { return ((call_.load() >> kBits) + 1) << kBits | n; }
+    static bool take(Part& part, uint64_t call) {
+        return part.load(std::memory_order_relaxed) == call &&
+               part.compare_exchange_strong(call, kTaken, std::memory_order_acquire);
+    }
 
-    void serve(size_t i, uint64_t seen) {
-        for (;;) {
-            seen = await(seen);
-            if (i >= (seen & ((1 << kBits) - 1))) continue;
-            job_(i);
-            pending_.fetch_sub(1, std::memory_order_acq_rel);
+    void start_thread() {
+        Part& part = parts_.emplace_back(kTaken);
+        try {
+            std::thread([this, i = parts_.size(), &part, seen = call_.load()] {
+                serve(i, part, seen);
+            }).detach();  // never joined: see own_crew
+        } catch (...) {
+            parts_.pop_back();
+            throw;
         }
     }
 
+    void serve(size_t i, Part& part, uint64_t seen) {
+        for (;;) {
+            seen = await(seen);
+            if (i >= (seen & ((1 << kBits) - 1)) || !take(part, seen)) continue;
+            job_(i);
+            pending_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    // Returns the next call once there is one.
     uint64_t await(uint64_t seen) const {
         const auto begin = Clock::now();
         for (;;) {
@@ -68,7 +92,7 @@ class OwnCrew final : public Crew {
     }
 
     std::mutex turn_;
-    size_t n_threads_ = 0;  // beside the caller
+    std::deque<Part> parts_;  // one a thread beside the caller
     Job job_{};
     alignas(64) std::atomic<uint64_t> call_ = 0;
     alignas(64) std::atomic<size_t> pending_ = 0;

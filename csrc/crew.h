@@ -7,7 +7,8 @@
 
 namespace fourfold {
 
-// A job is called once for each i < n, from whatever threads there are. It must not throw.
+// A job is called once for each i < n, from whatever threads there are, some i perhaps only when others are done. It
+// must not throw.
 struct Job {
     void (*call)(void* self, size_t i);
     void* self;
@@ -26,7 +27,8 @@ class Crew {
 };
 
 // Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms and
-// then sleep. A forked child starts its own. Throws std::system_error where the system gives no more threads.
+// then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own. Throws
+// std::system_error where the system gives no more threads.
 Crew& own_crew();
 
 // The entry points of a loaded OpenMP runtime, by the names under which GCC's and LLVM's export them.

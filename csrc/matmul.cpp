@@ -5,6 +5,7 @@
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "shares.h"
 
 namespace fourfold {
 namespace {
@@ -12,6 +13,7 @@ namespace {
 constexpr size_t kRowsAtOnce = 1024;         // packed together: with 8,192 inputs 16 MB of bfloat16
 constexpr size_t kAloneNumbers = 32 * 1024;  // packed by the caller alone: 10 microseconds
 constexpr size_t kSumBytes = 512 * 1024;     // of a chunk's sums
+constexpr size_t kBytesAtOnce = 32 * 1024;   // of one of the 4 panels that a kernel walks together, if they are small
 constexpr size_t kTilesAThread = 128;        // of one row, worth a thread: 70 KB of codes
 constexpr size_t kLine = 64;
 
@@ -21,7 +23,6 @@ const void* advance(const void* p, NumberType type, size_t count) {
 }
 void* advance(void* p, NumberType type, size_t count) { return static_cast<uint8_t*>(p) + count * number_bytes(type); }
 
-std::pair<size_t, size_t> share(size_t count, size_t i, size_t n) { return {count * i / n, count * (i + 1) / n}; }
 constexpr size_t in_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // Memory that a thread keeps for its next call.
@@ -32,6 +33,14 @@ uint8_t* working_memory(size_t bytes) {
         memory = NodeMemory(bytes, kAnyNode);
     }
     return memory.as();
+}
+
+// Panels that a thread takes at a time: of a few rows, whose time is that of reading, as many as take 10 microseconds and
+// no fewer than a kernel walks together; of more rows, whose kernels want many at once, a quarter of its share.
+size_t panels_at_once(size_t m, size_t n_panels, size_t bytes, size_t n_threads) {
+    const size_t share = std::max<size_t>(n_panels / n_threads, 1);
+    const size_t wanted = m <= kFewRows ? std::max<size_t>(kBytesAtOnce / bytes, 1) * 4 : (share + 3) / 4;
+    return std::min({wanted, share, std::max<size_t>(kSumBytes / (m * kTileN * sizeof(float)), 1)});
 }
 
 // One block of rows: what all threads read, and what each has for itself.
@@ -47,11 +56,14 @@ class Block {
           k_tiles_(tiles_of(a.w.k)),
           padded_m_(padded_rows(kernel.activation, m)),
           is_direct_(a.y_type == NumberType::f32 && a.w.n % kTileN == 0),
-          chunk_(is_direct_ ? n_panels_ : std::clamp<size_t>(kSumBytes / (m * kTileN * sizeof(float)), 1, n_panels_)),
+          panel_bytes_(panel_bytes(a.w.format, k_tiles_)),
+          chunk_(panels_at_once(m, n_panels_, panel_bytes_, n_threads)),
           row_bytes_(in_lines(std::max(a.w.k, kTileN) * sizeof(float))),
           sum_bytes_(is_direct_ ? 0 : in_lines(m * chunk_ * kTileN * sizeof(float))) {
-        packed_ = working_memory(in_lines(packed_bytes(kernel.activation, m, k_tiles_)) +
-                                 n_threads * (kLinearScratchBytes + row_bytes_ + sum_bytes_));
+        const size_t left_bytes = in_lines(n_threads * sizeof(Shares::Left));
+        left_ = working_memory(left_bytes + in_lines(packed_bytes(kernel.activation, m, k_tiles_)) +
+                               n_threads * (kLinearScratchBytes + row_bytes_ + sum_bytes_));
+        packed_ = left_ + left_bytes;
         own_ = packed_ + in_lines(packed_bytes(kernel.activation, m, k_tiles_));
     }
 
@@ -61,9 +73,14 @@ class Block {
             const auto [begin, end] = share(padded_m_, i, n_threads_);
             pack_rows(begin, end, i);
         };
-        auto multiply = [this](size_t i) {
-            const auto [begin, end] = share(n_panels_, i, n_threads_);
-            multiply_panels(begin, end, i);
+        Shares shares(left_, n_panels_, n_threads_);
+        // A thread takes its next panels before it multiplies by those it has, so that it reads on without a gap.
+        auto multiply = [&](size_t i) {
+            for (auto [begin, end] = shares.take(i, chunk_); begin < end;) {
+                const auto [next, next_end] = shares.take(i, chunk_);
+                multiply_panels(begin, end, i, next < next_end ? panel(next) : nullptr);
+                begin = next, end = next_end;
+            }
         };
         if (m_ * a_.w.k <= kAloneNumbers)
             pack_rows(0, padded_m_, 0);
@@ -92,18 +109,16 @@ class Block {
         }
     }
 
-    void multiply_panels(size_t begin, size_t end, size_t thread) const {
+    const uint8_t* panel(size_t p) const { return a_.w.panels + p * panel_bytes_; }
+
+    void multiply_panels(size_t begin, size_t end, size_t thread, const uint8_t* next) const {
         const MatrixView& w = a_.w;
-        const size_t bytes = panel_bytes(w.format, k_tiles_);
-        for (size_t p = begin; p < end; p += chunk_) {
-            const size_t stop = std::min(p + chunk_, end), first = p * kTileN, last = std::min(stop * kTileN, w.n);
-            float* y = is_direct_ ? static_cast<float*>(a_.y) + first_row_ * w.n + first : sums(thread);
-            const size_t stride = is_direct_ ? w.n : (stop - p) * kTileN;
-            const uint8_t* next = stop < end ? w.panels + stop * bytes : nullptr;
-            kernel_.run({w.panels + p * bytes, w.panel_scales ? w.panel_scales + p : nullptr, stop - p, k_tiles_,
-                         packed_, m_, y, stride, scratch(thread), next});
-            finish(y, stride, first, last, thread);
-        }
+        const size_t first = begin * kTileN, last = std::min(end * kTileN, w.n);
+        float* y = is_direct_ ? static_cast<float*>(a_.y) + first_row_ * w.n + first : sums(thread);
+        const size_t stride = is_direct_ ? w.n : (end - begin) * kTileN;
+        kernel_.run({panel(begin), w.panel_scales ? w.panel_scales + begin : nullptr, end - begin, k_tiles_, packed_,
+                     m_, y, stride, scratch(thread), next});
+        finish(y, stride, first, last, thread);
     }
 
     // Adds the bias to outputs [first, last) and writes them as the caller's numbers.
@@ -128,10 +143,11 @@ class Block {
     const RowKernels& rows_;
     const size_t m_, n_threads_, n_panels_, k_tiles_, padded_m_;
     const bool is_direct_;  // sums are written where they are wanted
-    const size_t chunk_;    // panels
+    const size_t panel_bytes_;
+    const size_t chunk_;  // panels taken at a time
     const size_t row_bytes_, sum_bytes_;
     size_t first_row_ = 0;
-    uint8_t *packed_, *own_;
+    uint8_t *left_, *packed_, *own_;
 };
 
 }  // namespace

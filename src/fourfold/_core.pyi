@@ -217,6 +217,11 @@ def unpack_rows(
     Rows [begin, end) as float32 (end - begin, k), on arrays given by address.
     """
 
+def take_shares(count: int, most: int, threads: int, slow: int, seconds: float) -> list[list[tuple[int, int]]]:
+    """
+    For tests: the (begin, end) of `count` units that each thread takes in turn; `slow` sleeps after each.
+    """
+
 def pack(
     rows: Annotated[NDArray, dict(shape=(None, None), order="C", device="cpu", writable=False)],
     format: str,

@@ -1,0 +1,58 @@
+"""How threads of our own divide the panels of a call."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import fourfold
+from fourfold import _core
+
+
+@pytest.mark.parametrize(("count", "most", "threads"), [(0, 4, 3), (1, 4, 3), (7, 1, 2), (1000, 4, 5), (999, 64, 16)])
+def test_every_unit_is_taken_once(count: int, most: int, threads: int) -> None:
+    for _ in range(50):
+        taken = _core.take_shares(count, most, threads, threads, 0)
+        units = [unit for own in taken for begin, end in own for unit in range(begin, end)]
+        assert sorted(units) == list(range(count))
+        assert max((end - begin for own in taken for begin, end in own), default=0) <= most
+
+
+def test_a_slow_thread_is_helped_from_the_back() -> None:
+    """It goes on from the front of its own share; the other computes nearly all of it."""
+    slow, quick = _core.take_shares(400, 4, 2, 0, 0.05)
+    assert [begin for begin, _ in slow] == list(range(0, 4 * len(slow), 4))
+    assert len(slow) <= 10  # of the 50 that are its share
+    helped = [begin for begin, _ in quick if begin < 200]
+    assert helped == sorted(helped, reverse=True)
+    assert len(helped) + len(slow) == 50
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_same_bits_whoever_computes_them(rows: int) -> None:
+    """More threads than there are cores, so that some come late and are helped."""
+    rng = np.random.default_rng(0)
+    w = fourfold.quantize(rng.standard_normal((3000, 1100), dtype=np.float32))
+    x = rng.standard_normal((rows, 1100), dtype=np.float32)
+    expected = fourfold.linear(x, w, threads=1)
+    for i in range(60):
+        np.testing.assert_array_equal(fourfold.linear(x, w, threads=2 + i % 9), expected)
+
+
+def test_callers_interleave() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, 512), dtype=np.float32)
+    weights = [rng.standard_normal((1024, 512), dtype=np.float32) for _ in range(4)]
+    kept = [fourfold.quantize(some) for some in weights]
+    expected = [fourfold.linear(x, w, threads=1) for w in kept]
+
+    def walk(i: int) -> None:
+        for step in range(20):
+            which = (i + step) % 4
+            w = fourfold.quantize(weights[which], threads=1) if step % 2 else kept[which]
+            np.testing.assert_array_equal(fourfold.linear(x, w, threads=1 + i), expected[which])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(walk, range(6)))

@@ -249,7 +249,7 @@ def test_a_trace_has_a_row_for_every_thread_and_every_op_on_it(engine: Engine, t
     assert (first["weights"], first["kernel"]) == ("layers.0.down", engine.kernels(40)["nf4"])
     attended = next(e["args"] for e in spans if e["name"] == "attention")
     assert attended["kernel"] == engine.kernels(40)["attention"]
-    assert {"pack for down", "wait within down", "wait after down"} <= {e["name"] for e in spans}
+    assert {"pack for o", "wait within o", "wait after down"} <= {e["name"] for e in spans}
     waits = sum(e["dur"] for e in spans if e["cat"] == "wait") / 1e3
     assert waits == pytest.approx(sum(thread["wait_ms"] for thread in found.summary()["threads"]), rel=1e-3)
 

@@ -173,10 +173,10 @@ class _Question:
             "notes": list(self._notes(on)),
         }
 
-    def _work(self, on: Sequence[RankPlan], subject: Subject | None = None) -> Work:
+    def _work(self, on: Sequence[RankPlan], subject: Subject | None = None, context: int | None = None) -> Work:
         subject = subject or self.subject
         threads = [len(rank.cpus) for rank in on]
-        return count_work(subject.config, subject.formats, kv=self.kv, context=self.context, threads=threads)
+        return count_work(subject.config, subject.formats, kv=self.kv, context=context or self.context, threads=threads)
 
     def _memory(self, on: Sequence[RankPlan], work: Work) -> dict[str, Any]:
         need = work.footprint
@@ -191,13 +191,12 @@ class _Question:
             }
             total = {"total": sum(taken.values()), "memory": int(node.memory_gb * 1e9)}
             nodes.append({"node": number, "ranks": ranks, **taken, **total})
-        longest = self._longest(on, work)
         return {
             "nodes": nodes,
             "shared": need.rope,
             "total": need.total(self.context),
             "fits": self._fits(on, work, self.context),
-            "longest_context": longest,
+            "longest_context": self._longest(on),
             "model_context": self.subject.config.max_context,
         }
 
@@ -212,12 +211,12 @@ class _Question:
             for number, node in enumerate(self.machine.nodes)
         )
 
-    def _longest(self, on: Sequence[RankPlan], work: Work) -> int:
+    def _longest(self, on: Sequence[RankPlan]) -> int:
         """The longest context, of those the model was trained for, that fits; 0 where none does."""
         low, high = 0, self.subject.config.max_context
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits(on, work, middle) else (low, middle - 1)
+            low, high = (middle, high) if self._fits(on, self._work(on, context=middle), middle) else (low, middle - 1)
         return low
 
     def _rank_counts(self, asked: int) -> list[int]:
@@ -237,7 +236,7 @@ class _Question:
         on = self.machine.place(n_ranks)
         work = self._work(on)
         clock = Clock(self.machine, on, work)
-        longest = self._longest(on, work)
+        longest = self._longest(on)
         contexts = [n for n in _spaced(self.subject.config.max_context) if n <= longest]
         return {
             "ranks": n_ranks,

@@ -179,6 +179,21 @@ void bind_matmul(nb::module_& m) {
         "format"_a, "n"_a, "k"_a, "panels"_a, "scales"_a, "begin"_a, "end"_a, "out"_a, "threads"_a, "openmp"_a,
         "Rows [begin, end) as float32 (end - begin, k), on arrays given by address.");
     m.def(
+        "call_late",
+        [](size_t threads, size_t late, double seconds) {
+            std::vector<std::vector<bool>> by_caller(threads);
+            const auto caller = std::this_thread::get_id();
+            auto job = [&](size_t i) { by_caller[i].push_back(std::this_thread::get_id() == caller); };
+            nb::gil_scoped_release release;
+            auto pass = [](size_t) {};
+            own_crew().run(threads, job_of(pass));  // all threads have been started, and look out
+            stall_own_crew(late, seconds);
+            own_crew().run(threads, job_of(job));
+            return by_caller;
+        },
+        "threads"_a, "late"_a, "seconds"_a,
+        "For tests: of each part of a call to which thread `late` comes late, whether the caller took it, each time.");
+    m.def(
         "take_shares",
         [](size_t count, size_t most, size_t threads, size_t slow, double seconds) {
             std::vector<Shares::Left> left(threads);

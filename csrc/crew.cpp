@@ -40,7 +40,17 @@ class OwnCrew final : public Crew {
             spins < 10000 ? _mm_pause() : std::this_thread::yield();
     }
 
+    void stall(size_t i, double seconds) {
+        stall_seconds_ = seconds;
+        stalled_ = i;
+    }
+
   private:
+    void nap() {
+        stalled_ = 0;
+        std::this_thread::sleep_for(std::chrono::duration<double>(stall_seconds_));
+    }
+
     // A call in one word, which a thread reads at once: its number, and how many parts it has. Part i is thread i's, or
     // the caller's where that thread has not come by when the caller is done with its own: whoever takes it first. Those
     // who took one are waited for, so that nothing of a call changes before they are done; nobody else is.
@@ -68,6 +78,7 @@ class OwnCrew final : public Crew {
     void serve(size_t i, Part& part, uint64_t seen) {
         for (;;) {
             seen = await(seen);
+            if (stalled_.load(std::memory_order_relaxed) == i) nap();
             if (i >= (seen & ((1 << kBits) - 1)) || !take(part, seen)) continue;
             job_(i);
             pending_.fetch_sub(1, std::memory_order_release);
@@ -94,6 +105,8 @@ class OwnCrew final : public Crew {
     std::mutex turn_;
     std::deque<Part> parts_;  // one a thread beside the caller
     Job job_{};
+    std::atomic<size_t> stalled_ = 0;  // the thread that is to sleep; the caller, 0, never is
+    std::atomic<double> stall_seconds_ = 0;
     alignas(64) std::atomic<uint64_t> call_ = 0;
     alignas(64) std::atomic<size_t> pending_ = 0;
 };
@@ -102,7 +115,7 @@ std::atomic<OwnCrew*> shared = nullptr;
 
 }  // namespace
 
-Crew& own_crew() {
+static OwnCrew& crew() {
     // Never destroyed: its threads may outlive main. A forked child has none of them, and forgets it.
     static std::once_flag once;
     std::call_once(once, [] {
@@ -111,6 +124,9 @@ Crew& own_crew() {
     });
     return *shared;
 }
+
+Crew& own_crew() { return crew(); }
+void stall_own_crew(size_t i, double seconds) { crew().stall(i, seconds); }
 
 void OpenMpCrew::run(size_t n, Job job) {
     if (n <= 1) {

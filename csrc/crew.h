@@ -30,6 +30,8 @@ class Crew {
 // then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own. Throws
 // std::system_error where the system gives no more threads.
 Crew& own_crew();
+// For tests: thread i of those, from 1 on, sleeps before it comes to the next call.
+void stall_own_crew(size_t i, double seconds);
 
 // The entry points of a loaded OpenMP runtime, by the names under which GCC's and LLVM's export them.
 struct OpenMp {

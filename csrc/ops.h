@@ -87,6 +87,10 @@ struct LinearOp : Op {
     virtual bool is_in_memory() const { return true; }
     // The first panels that this thread reads; none where they are in no memory.
     virtual std::span<const uint8_t> first_read(Program&, const Worker&) const;
+    // Whether its input is gate(first) * second of that linear's two outputs.
+    bool gates(const LinearOp& first) const {
+        return first.parts.size() == 2 && input.src == first.parts[0].dst && input.up == first.parts[1].dst;
+    }
     // Whether the op after it may have its input packed by this one: both weights are in memory, and no thread gets
     // more than a sixteenth more to do where outputs are divided in whole tiles of inputs.
     bool may_pack_for(Program&, const LinearOp& other, const std::vector<RankPlan>&) const;

@@ -1,7 +1,6 @@
 // The linear op: packing its input, multiplying, and what is done with the sums while they lie in the cache.
 #include <algorithm>
 #include <cstring>
-#include <tuple>
 
 #include "ops.h"
 
@@ -70,10 +69,9 @@ void LinearOp::each_share(Program& p, const Worker& worker, F f) const {
     for (const auto& part : parts) {
         const Weight& w = Ops::weight(p, part.weight);
         const Weight::Slice& s = w.slice(worker.rank);
-        size_t b = std::clamp(begin, before, before + s.n_panels) - before;
-        size_t e = std::clamp(end, before, before + s.n_panels) - before;
+        const size_t b = std::clamp(begin, before, before + s.n_panels) - before;
+        const size_t e = std::clamp(end, before, before + s.n_panels) - before;
         before += s.n_panels;
-        if (packs_for) std::tie(b, e) = gated_share(worker, s.n_panels);
         f(part, b, e, s.panels.as() + b * panel_bytes(w.format, s.k_tiles));
     }
 }
@@ -84,6 +82,13 @@ std::pair<size_t, size_t> LinearOp::gated_share(const Worker& worker, size_t n_p
 }
 
 std::span<const uint8_t> LinearOp::first_read(Program& p, const Worker& worker) const {
+    if (packs_for) {
+        const Weight& w = Ops::weight(p, parts[0].weight);
+        const Weight::Slice& s = w.slice(worker.rank);
+        const auto [b, e] = gated_share(worker, s.n_panels);
+        const size_t bytes = panel_bytes(w.format, s.k_tiles);
+        return {s.panels.as() + b * bytes, (e - b) * bytes};
+    }
     std::span<const uint8_t> first;
     each_share(p, worker, [&](const Program::LinearPart& part, size_t begin, size_t end, const uint8_t* panels) {
         const Weight& w = Ops::weight(p, part.weight);
@@ -93,7 +98,7 @@ std::span<const uint8_t> LinearOp::first_read(Program& p, const Worker& worker) 
 }
 
 bool LinearOp::may_pack_for(Program& p, const LinearOp& other, const std::vector<RankPlan>& plan) const {
-    if (!is_in_memory() || !other.is_in_memory() || parts.size() != 2) return false;
+    if (!is_in_memory() || !other.is_in_memory()) return false;
     for (size_t r = 0; r < plan.size(); ++r) {
         const size_t n_panels = Ops::weight(p, parts[0].weight).slice(r).n_panels, n_threads = plan[r].cpus.size();
         const auto most = [&](size_t count, size_t unit) {
@@ -174,8 +179,11 @@ void LinearOp::multiply(Program& p, const Worker& worker, const Step& step, cons
     each_piece(m, b, e, 1, [&](size_t m0, size_t rows, size_t begin, size_t end) {
         const uint8_t *const at = panels + (begin - b) * bytes, *const behind = panels + (end - b) * bytes;
         const Outputs sums = {Ops::sums(p, worker, 0), (end - begin) * kTileN};
-        run_kernel(p, worker, packed, part, at, begin, end, m0, rows, sums, end < e ? behind : then);
-        const size_t n0 = begin * kTileN, count = std::min(end * kTileN, to ? to->width[r] : stride) - n0;
+        run_kernel(p, worker, packed, part, at, begin, end, m0, rows, sums,
+                   end < e         ? behind
+                   : m0 + rows < m ? panels
+                                   : then);
+        const size_t n0 = begin * kTileN, count = adds ? std::min(end * kTileN, to->width[r]) - n0 : sums.stride;
         const float* bias = sum.bias.empty() ? nullptr : sum.bias[r].data() + n0;
         for (size_t i = 0; i < rows; ++i) {
             const float* outputs = sums.first + i * sums.stride;

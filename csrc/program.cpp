@@ -104,6 +104,7 @@ void Program::add_normed(int base, int src, Vectors w, float eps, int dst) {
 
 void Program::add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool is_for_next) {
     bool partial = false, in_memory = true;
+    packs_ahead_ |= is_for_next;
     for (const LinearPart& part : parts) {
         const Weight& w = *weights_[static_cast<size_t>(part.weight)];
         if (w.format != weights_[static_cast<size_t>(parts[0].weight)]->format)
@@ -185,7 +186,7 @@ void Program::finish() {
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
         packed_.emplace_back(packed_bytes_, plan.node);
-        packed_next_.emplace_back(packed_bytes_, plan.node);
+        packed_next_.emplace_back(packs_ahead_ ? packed_bytes_ : 0, plan.node);
         if (!caches_.empty())
             partials_.emplace_back(attend_shared_bytes(plan.cpus.size(), options_.context, options_.head_dim),
                                    plan.node);
@@ -206,15 +207,19 @@ void Program::finish() {
 
 void Program::link_linears() {
     LinearOp *first = nullptr, *last = nullptr;
-    for (const auto& op : ops_)
-        if (auto* linear = dynamic_cast<LinearOp*>(op.get())) {
-            last ? last->next = linear : first = linear;
-            if (last && last->is_for_next && last->may_pack_for(*this, *linear, team_->plan())) {
-                last->packs_for = linear;
-                linear->is_packed = true;
-            }
-            last = linear;
-        }
+    for (size_t i = 0; i < ops_.size(); ++i) {
+        auto* linear = dynamic_cast<LinearOp*>(ops_[i].get());
+        if (!linear) continue;
+        last ? last->next = linear : first = linear;
+        last = linear;
+        if (!linear->is_for_next) continue;
+        auto* after = i + 1 < ops_.size() ? dynamic_cast<LinearOp*>(ops_[i + 1].get()) : nullptr;
+        if (!after || !after->gates(*linear))
+            throw std::invalid_argument("a linear for the next op comes before one that gates its two outputs");
+        if (linear->is_packed || !linear->may_pack_for(*this, *after, team_->plan())) continue;
+        linear->packs_for = after;
+        after->is_packed = true;
+    }
     if (last) last->next = first;
 }
 

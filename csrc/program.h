@@ -131,7 +131,7 @@ class Program : public std::enable_shared_from_this<Program> {
     // dst = input W^T + bias for each part, the input read once. dst may be kLogits: the ranks' outputs side by side.
     // With a sum, dst is not written. `is_for_next`: the next op is a linear whose input is gate(first) * second of the
     // outputs, and nobody else reads them: they may never be written.
-    static constexpr int kLogits = -1;
+    static constexpr int kLogits = -2;
     void add_linear(LinearInput input, std::vector<LinearPart> parts, LinearSum sum, bool is_for_next);
     // dst = base + sum over ranks of partial + bias, in rank order: the same bits on every rank. base may be kNone.
     void add_reduce(int partial, int base, Vectors bias, int dst);
@@ -233,6 +233,7 @@ class Program : public std::enable_shared_from_this<Program> {
     std::vector<int32_t> row_sequence_, row_position_;
     std::vector<RowBlock> blocks_;
     size_t packed_bytes_ = 0;
+    bool packs_ahead_ = false;  // some linear is for the next
     // Of weights that stay in their file; empty where all are in memory.
     std::unique_ptr<FileStream> stream_;
     std::vector<FileStream::Piece> pieces_;          // of a step, in the order of the walk

@@ -15,9 +15,10 @@ import tiny
 from chain import make_team
 from fourfold import models
 from fourfold.checkpoint import open_source
+from fourfold.config import WeightFormat
 from fourfold.conversion import convert
 from fourfold.engine import Engine
-from fourfold.fusion import fuse
+from fourfold.fusion import fuse, one_format_each
 from fourfold.program import Op, ProgramBuilder
 from test_program import config
 
@@ -26,6 +27,7 @@ CONFIGS = {
     "qwen2": tiny.QWEN2 | {"hidden_size": 256, "intermediate_size": 256},
     "ragged": tiny.QWEN2 | {"hidden_size": 256, "intermediate_size": 176},
     "yuan": tiny.YUAN,
+    "wide": tiny.QWEN2 | {"hidden_size": 256, "intermediate_size": 1848, "max_position_embeddings": 2048},
 }
 
 
@@ -49,6 +51,16 @@ def test_a_layer_of_llama_in_fewest_ops() -> None:
     ]  # fmt: skip
     assert [op.sums for op in (qkv, o, gate_up, down, head)] == [False, True, False, True, False]
     assert [op.gate for op in (qkv, o, gate_up, down, head)] == [None, None, None, "silu", None]
+
+
+def test_gate_and_up_are_for_the_next_op_where_they_are_one_op() -> None:
+    ops = fuse(program("llama", 1).ops, 1)
+    assert [op.is_for_next for op in ops].count(True) == 1
+    formats: dict[str, WeightFormat] = {name: "nf4" for op in ops for name, *_ in op.weights}
+    assert [op.is_for_next for op in one_format_each(ops, formats)].count(True) == 1
+    parted = one_format_each(ops, formats | {"layers.0.up": "int8"})
+    assert kinds(parted).count("linear") == kinds(ops).count("linear") + 1
+    assert not any(op.is_for_next for op in parted)
 
 
 def test_over_ranks_the_sums_stay() -> None:
@@ -94,10 +106,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return directory
 
 
-def logits(path: Path, **options: Any) -> list[Any]:
+def logits(path: Path, rows: tuple[int, ...] = (70, 1, 3, 1), **options: Any) -> list[Any]:
     engine = Engine(path, **options)
     sequence = engine.new_sequence()
-    found = [engine.extend(sequence, [i % 40 + 1 for i in range(n)]) for n in (70, 1, 3, 1)]
+    found = [engine.extend(sequence, [i % 40 + 1 for i in range(n)]) for n in rows]
     engine.close()
     return found
 
@@ -128,6 +140,19 @@ def test_a_sum_over_ranks_is_not_a_linears_own() -> None:
         program.add_linear(x, [(program.add_weight(weight), y, [])], base=total, sum=total)
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "bf16", "f32"])
+@pytest.mark.parametrize("options", [{"threads": 1}, {"threads": 2}, {"ranks": 2}])
+def test_more_rows_and_outputs_than_a_piece_has_give_the_same_bits(
+    directory: Any, fmt: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fourfold.engine, "MAX_STEP_TOKENS", 1100)  # blocks of 512, 512 and 76 rows
+    path = directory("wide", fmt)
+    fused = logits(path, rows=(1100, 513), **options)
+    monkeypatch.setattr(fourfold.engine, "fuse", lambda ops, _: ops)
+    for ours, theirs in zip(fused, logits(path, rows=(1100, 513), **options), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def ops_that_pack(path: Path, **options: Any) -> list[bool]:
     """Of each linear op: whether it spent time on packing its input."""
     engine = Engine(path, **options)
@@ -151,3 +176,18 @@ def test_gate_and_up_are_packed_by_whoever_made_them(directory: Any, name: str, 
     if name == "ragged" and options == {"threads": 2}:  # whole tiles would give one of a rank's threads more to do
         layer[-1] = True
     assert packs == layer * CONFIGS[name]["num_hidden_layers"] + [True]
+
+
+def test_a_linear_for_the_next_op_is_held_to_it() -> None:
+    """Whoever says so of one whose outputs another op reads, or nobody gates, would get wrong products."""
+    program = _core.make_program(
+        make_team(1), max_tokens=1, n_slots=1, context=1, n_pages=1, head_dim=16, kv="f32", isa="scalar"
+    )
+    x, gate, up, y = (program.add_buffer([64], False) for _ in range(4))
+    weights = [
+        program.add_weight(_core.make_weight("f32", 64, 64, [([(0, 64)], [(0, 64)])], make_team(1))) for _ in range(3)
+    ]
+    program.add_linear(x, [(weights[0], gate, []), (weights[1], up, [])], is_for_next=True)
+    program.add_linear(gate, [(weights[2], y, [])], up=x)
+    with pytest.raises(ValueError, match="gates its two outputs"):
+        program.finish()

@@ -185,11 +185,11 @@ struct RowKernels {
     void (*scale_row)(const float* x, const float* w, float factor, size_t n, float* y);
     // Rotate-half rotary embedding in place: (x[i], x[i + d/2]) by the angle whose cosine and sine are c[i], s[i].
     void (*rope)(float* x, const float* c, const float* s, size_t d);
-    // y = gate(a) * b.
+    // y = gate(a) * b; y may be a.
     void (*silu_mul)(const float* a, const float* b, size_t n, float* y);
     void (*gelu_tanh_mul)(const float* a, const float* b, size_t n, float* y);
     auto gate_mul(Gate gate) const { return gate == Gate::silu ? silu_mul : gelu_tanh_mul; }
-    // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right.
+    // y = base + parts[0] + parts[1] + ... (+ bias), added from left to right; y may be any of them.
     void (*add_parts)(const float* base, const float* const* parts, size_t n_parts, const float* bias, size_t n,
                       float* y);
     // out (D) of one query from its n partials, `stride` floats apart, in the order of their chunks.

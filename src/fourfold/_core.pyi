@@ -217,6 +217,11 @@ def unpack_rows(
     Rows [begin, end) as float32 (end - begin, k), on arrays given by address.
     """
 
+def call_late(threads: int, late: int, seconds: float) -> list[list[bool]]:
+    """
+    For tests: of each part of a call to which thread `late` comes late, whether the caller took it, each time.
+    """
+
 def take_shares(count: int, most: int, threads: int, slow: int, seconds: float) -> list[list[tuple[int, int]]]:
     """
     For tests: the (begin, end) of `count` units that each thread takes in turn; `slow` sleeps after each.

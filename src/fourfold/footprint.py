@@ -95,6 +95,12 @@ def footprint(
     head_dim = builder.config.head_dim
     page = _core.kv_page_bytes(kv, head_dim) * sum(op.kind == "cache" for op in builder.ops)
     widest = max(inputs.size for _, inputs in cuts.values())
+    packed = max(
+        _core.packed_bytes(formats[name], max_tokens, width)
+        for name, (_, inputs) in cuts.items()
+        for width in inputs.widths
+    )
+    n_packed = 2 if any(op.is_for_next for op in builder.ops) else 1
     held = [slice_bytes(formats[name], *cut) for name, cut in cuts.items()]  # (weights, ranks)
     for rank, slices in enumerate(zip(*held, strict=True)):
         weights.append(sum(slices))
@@ -102,14 +108,13 @@ def footprint(
         n_panels = sum(-(-outputs.widths[rank] // TILE_N) for outputs, _ in cuts.values())
         on_disk.append(n_panels * F32 + len(cuts) * SMALL_PAGE + threads[rank] * _room(panel))
         kv_page.append(page * (builder.kv_heads().widths[rank] // head_dim))
-        packed = max(_core.packed_bytes(formats[name], max_tokens, k.widths[rank]) for name, (_, k) in cuts.items())
         rows = [-(-buffer.cut.widths[rank] // 16) * 16 for buffer in buffers]
         scratch = threads[rank] * _room(_core.scratch_bytes(widest, context, head_dim))
         partials = _room(_core.attend_shared_bytes(threads[rank], context, head_dim))
         filters = [op.reads[0].cut.widths[rank] for op in builder.ops if op.kind == "with_previous"]
         state_page.append(sum(filters) * F32)
         state_text.append(_core.Program.KEPT_ROWS * state_page[-1])
-        activations = 2 * _room(packed) + sum(_room(max_tokens * width * F32) for width in rows)
+        activations = n_packed * _room(packed) + sum(_room(max_tokens * width * F32) for width in rows)
         work.append(activations + scratch + partials)
     rope = table_bytes(builder.config, context)
     by_name = dict(zip(cuts, zip(*rooms, strict=True), strict=True))

@@ -45,7 +45,8 @@ def one_format_each(ops: Sequence[Op], formats: Mapping[str, WeightFormat]) -> l
             at = list(same)
             weights, writes = tuple(op.weights[i] for i in at), tuple(op.writes[i] for i in at)
             vectors = tuple(op.vectors[i] for i in at)
-            parted.append(replace(op, weights=weights, writes=writes, vectors=vectors))
+            is_for_next = op.is_for_next and len(at) == len(op.weights)
+            parted.append(replace(op, weights=weights, writes=writes, vectors=vectors, is_for_next=is_for_next))
     return parted
 
 

@@ -212,12 +212,16 @@ class _Question:
         )
 
     def _longest(self, on: Sequence[RankPlan]) -> int:
-        """The longest context, of those the model was trained for, that fits; 0 where none does."""
-        low, high = 0, self.subject.config.max_context
+        """The longest context that fits, in whole pages, of those the model was trained for; 0 where none does."""
+        most = self.subject.config.max_context
+        low, high = 0, -(-most // PAGE)  # pages
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits(on, self._work(on, context=middle), middle) else (low, middle - 1)
-        return low
+            context = min(middle * PAGE, most)
+            low, high = (
+                (middle, high) if self._fits(on, self._work(on, context=context), context) else (low, middle - 1)
+            )
+        return min(low * PAGE, most)
 
     def _rank_counts(self, asked: int) -> list[int]:
         """Ranks to compare: up to one for each node, two for each, those asked for; where the model can be cut so."""

@@ -54,7 +54,7 @@ class Attained:
     attention: float  # of the peak, attention of many tokens
     step_us: float  # a call into the engine: threads awake, threads asleep
     op_us: float  # any op: a barrier, and what precedes it
-    linear_us: float  # a linear besides its reading: packing, two barriers, first misses
+    linear_us: float  # a linear besides its reading: packing, barriers, first misses
     panel_us: float  # a panel of 16 outputs besides its reading, on the thread that has it
     element_ns: float  # an element of a norm, a gate or a sum, on the thread that has it
     head_us: float  # a query head of attention besides its reading, on the thread that has it

@@ -12,6 +12,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,14 @@ from numpy.typing import NDArray
 from amx_machine import BOTH_UNITS, DOT_CYCLES, ROWS, Core, Cost, Step
 
 ROOT = Path(__file__).resolve().parent.parent
+_TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
+# Where scikit-build-core has the release build's (pyproject.toml: build/{wheel_tag}).
+KERNELS = (
+    ROOT
+    / "build"
+    / f"{_TAG}-{_TAG}{sys.abiflags}-{re.sub('[-.]', '_', sysconfig.get_platform())}"
+    / "CMakeFiles/_core.dir/csrc/kernels"
+)
 MCA = ("llvm-mca-19", "llvm-mca")
 OBJECTS = ("linear_amx", "attention_amx", "linear_avx512_i16")
 FREE = Cost(1, 1, ())
@@ -250,9 +260,9 @@ def main() -> None:
     mca = next((name for name in MCA if shutil.which(name)), None)
     if mca is None:
         raise SystemExit("llvm-mca is not here: Debian has it in llvm-19, other systems in their llvm")
-    objects = options.objects or next(ROOT.glob("build/*/CMakeFiles/_core.dir/csrc/kernels"), None)
-    if objects is None:
-        raise SystemExit("there is no release build here: make venv")
+    objects = options.objects or KERNELS
+    if not objects.is_dir():
+        raise SystemExit(f"there are no compiled kernels in {objects}: make venv")
     print("computed, not measured; of a tile of 1,024 weights, or of a page of attention for 16 queries:")
     print(f"{'':32}{'cycles':>9}{'tile unit':>11}{'lines read':>12}{'from L2':>9}{'beyond':>9}")
     with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ NumberType type_at(int i) { return static_cast<NumberType>(i); }
 std::optional<Exchange> tensors;
 
 // To give the interpreter to others and take it back costs a part of a small product. Below so many multiplications,
-// which take tens of microseconds, it is kept.
+// which take tens of microseconds, it is kept, where no other call can have the threads.
 constexpr size_t kKeepInterpreter = size_t{4} << 20;
 
 // What a call of these tensors computes, but for the result; nothing where one of them is not as it should be.
@@ -81,8 +81,8 @@ std::optional<MatmulArgs> read_tensors(const SeenTensor& x, nb::handle weight, n
     return args;
 }
 
-nb::object linear(nb::handle x, nb::handle weight, nb::handle scales, nb::handle bias, std::string_view format,
-                  size_t n, size_t k, size_t threads, bool openmp) {
+nb::object linear_of_tensors(nb::handle x, nb::handle weight, nb::handle scales, nb::handle bias,
+                             std::string_view format, size_t n, size_t k, size_t threads, bool openmp) {
     if (!tensors) throw std::invalid_argument("no tensors were lent");
     const auto rows = tensors->plain(x);
     if (!rows) return nb::none();
@@ -92,7 +92,7 @@ nb::object linear(nb::handle x, nb::handle weight, nb::handle scales, nb::handle
     Crew& crew = crew_for(openmp);
     const Isa isa = own_isa();
     std::optional<nb::gil_scoped_release> release;
-    if (n * k * args->m > kKeepInterpreter) release.emplace();
+    if (!openmp || n * k * args->m > kKeepInterpreter) release.emplace();
     matmul(*args, isa, crew, threads);
     return y;
 }
@@ -135,13 +135,15 @@ void bind_matmul(nb::module_& m) {
     m.def(
         "lend_tensors",
         [](nb::handle tensor, nb::handle parameter) {
-            tensors = Exchange::of(tensor, parameter);
-            return tensors.has_value();
+            const auto found = Exchange::of(tensor, parameter);
+            if (found) tensors = found;
+            return found.has_value();
         },
         "tensor"_a, "parameter"_a,
-        "The types that `linear` takes. False where the first has no table of DLPack's functions that we know.");
-    m.def("linear", &linear, "x"_a, "weight"_a, "scales"_a.none(), "bias"_a.none(), "format"_a, "n"_a, "k"_a,
-          "threads"_a, "openmp"_a,
+        "The types that `linear_of_tensors` takes. False, and nothing changed, where the first has no table that we "
+        "know.");
+    m.def("linear_of_tensors", &linear_of_tensors, "x"_a, "weight"_a.none(), "scales"_a.none(), "bias"_a.none(),
+          "format"_a, "n"_a, "k"_a, "threads"_a, "openmp"_a,
           "y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.");
     m.def(
         "matmul",

@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char *kAttribute = "__dlpack_c_exchange_api__", *kCapsule = "dlpack_exchange_api";
 constexpr uint32_t kMajor = 1;
-constexpr size_t kMaxAxes = 64;  // PyTorch's own limit
+constexpr int32_t kMaxAxes = 64;  // ours: what `make` has room for
 
 constexpr nb::dlpack::dtype type_of(nb::dlpack::dtype_code code, uint8_t bits) {
     return {static_cast<uint8_t>(code), bits, 1};
@@ -22,6 +22,10 @@ bool is_contiguous(const DlpackTable::Tensor& t) {
     for (int32_t i = t.ndim; i-- > 0; stride *= t.shape[i])
         if (t.shape[i] != 1 && t.strides[i] != stride) return false;
     return true;
+}
+
+bool has_elements(const DlpackTable::Tensor& t) {
+    return std::all_of(t.shape, t.shape + t.ndim, [](int64_t length) { return length > 0; });
 }
 
 void set_error(void*, const char*, const char* message) {
@@ -71,7 +75,8 @@ std::optional<SeenTensor> Exchange::look(nb::handle object) const {
         PyErr_Clear();
         return {};
     }
-    if (seen.device.device_type != nb::device::cpu::value || !is_contiguous(seen)) return {};
+    if (seen.device.device_type != nb::device::cpu::value || seen.ndim > kMaxAxes || !is_contiguous(seen)) return {};
+    if (!seen.data && has_elements(seen)) return {};  // zeros that are nowhere
     return SeenTensor(seen);
 }
 

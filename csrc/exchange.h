@@ -28,7 +28,7 @@ struct DlpackTable {
     int (*stream)(int device_type, int32_t device, void** stream);
 };
 
-// A tensor that is contiguous and in CPU memory. What it points to is the framework's.
+// A tensor of at most 64 axes that is contiguous and in CPU memory. What it points to is the framework's.
 class SeenTensor {
   public:
     explicit SeenTensor(const DlpackTable::Tensor& tensor) : tensor_(tensor) {}
@@ -54,7 +54,8 @@ class Exchange {
     // Nothing where the type has no table, or one of another major version.
     static std::optional<Exchange> of(nanobind::handle tensor, nanobind::handle parameter);
 
-    // Nothing for an object of another type, on another device, or not contiguous.
+    // Nothing for an object of another type, on another device, of more than 64 axes, not contiguous, or whose elements
+    // are nowhere in memory.
     std::optional<SeenTensor> plain(nanobind::handle object) const;
     std::optional<SeenTensor> weight(nanobind::handle object) const;
 

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 import fourfold._core as _core
-from amx_counts import FREE, ROOT, Case, Instruction, build, disassemble, registers_of, uses_of
+from amx_counts import FREE, KERNELS, ROOT, Case, Instruction, build, disassemble, registers_of, uses_of
 from amx_machine import Core, Cost, Step
-
-OBJECTS = next(ROOT.glob("build/*/CMakeFiles/_core.dir/csrc/kernels"), None)
 
 
 def dot(sums: int) -> Step:
@@ -96,13 +94,12 @@ def test_ports() -> None:
 
 
 @pytest.mark.skipif(
-    OBJECTS is None or not shutil.which("objdump") or "avx512" not in _core.read_machine().isas(),
+    not KERNELS.is_dir() or not shutil.which("objdump") or "avx512" not in _core.read_machine().isas(),
     reason="needs a build, objdump and AVX-512",
 )
 def test_a_trace_has_every_product(tmp_path: Path) -> None:
-    assert OBJECTS is not None
     program, file = tmp_path / "amx_trace", tmp_path / "trace"
-    build(program, OBJECTS)
+    build(program, KERNELS)
     code = disassemble(program)
     case = Case("", "linear_nf4_bf16_amx", 70, 48, 200)
     arguments = [case.kernel, str(case.m), str(case.n), str(case.k), "1000000", str(file)]

@@ -3,7 +3,7 @@ The arithmetic of fourfold. Private: the public face is the Python package.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Final, overload
+from typing import Annotated, Final
 
 import numpy
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ def choose_attend(isa: str, kv: str, m: int, row_class: str) -> str:
     The row that a step of M tokens takes over pages of a format on an ISA.
     """
 
-@overload
 def linear(
     kernel: str,
     isa: str,
@@ -34,22 +33,6 @@ def linear(
     x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
     y: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
 ) -> None: ...
-@overload
-def linear(
-    x: object,
-    weight: object,
-    scales: object | None,
-    bias: object | None,
-    format: str,
-    n: int,
-    k: int,
-    threads: int,
-    openmp: bool,
-) -> object:
-    """
-    y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.
-    """
-
 def attend(
     kernel: str,
     q: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
@@ -186,7 +169,22 @@ def lend_openmp(parallel: int, thread_num: int, num_threads: int) -> None:
 
 def lend_tensors(tensor: object, parameter: object) -> bool:
     """
-    The types that `linear` takes. False where the first has no table of DLPack's functions that we know.
+    The types that `linear_of_tensors` takes. False, and nothing changed, where the first has no table that we know.
+    """
+
+def linear_of_tensors(
+    x: object,
+    weight: object | None,
+    scales: object | None,
+    bias: object | None,
+    format: str,
+    n: int,
+    k: int,
+    threads: int,
+    openmp: bool,
+) -> object:
+    """
+    y = x Wᵀ + bias, a new tensor; None where a tensor is not as it should be: type, shape, place, contiguous.
     """
 
 def matmul(

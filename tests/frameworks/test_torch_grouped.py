@@ -11,6 +11,8 @@ import pytest
 from fourfold.errors import UserError
 
 torch = pytest.importorskip("torch", reason="torch is not installed: `make frameworks`")
+from torch.nn.utils import parametrize, prune  # noqa: E402
+
 from fourfold.torch import Linear, direct  # noqa: E402
 from fourfold.torch import grouped as _grouped  # noqa: E402, F401  # defines the operator
 from fourfold.torch.embedding import TiedEmbedding  # noqa: E402
@@ -99,15 +101,23 @@ def test_an_embedding_reads_the_rows_of_its_head(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_past_the_dispatcher_there_are_the_same_bits(format: str, bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_past_the_dispatcher_there_are_the_same_bits(
+    format: str, bias: bool, dtype: torch.dtype, past: list[bool]
+) -> None:
     linear = made(format, bias=bias)
-    for x in (torch.randn(2, 3, K), torch.randn(K).half(), torch.randn(0, K), torch.randn(3, 2 * K).bfloat16()[:, ::2]):
+    for shape in ((2, 3, K), (K,), (0, K), (2, 3, K, 2)):
+        x = torch.randn(shape).to(dtype)
+        if shape[-1] == 2:
+            x = x[..., 0]
         expected = linear(x)
         for unobserved in (torch.no_grad(), torch.inference_mode()):
             with unobserved:
                 y = linear(x)
+            assert past.pop() == (shape[-1] == K)
             assert y.dtype == x.dtype
             assert torch.equal(y, expected)
+    assert not past
 
 
 @torch.no_grad()
@@ -129,6 +139,21 @@ def test_whoever_wants_to_see_a_call_sees_it(monkeypatch: pytest.MonkeyPatch) ->
         linear(x.detach())
 
 
+@pytest.fixture
+def past(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call that is made past the dispatcher gives a product."""
+    made: list[bool] = []
+    native = direct._linear
+
+    def noted(*args: Any) -> Any:
+        y = native(*args)
+        made.append(y is not None)
+        return y
+
+    monkeypatch.setattr(direct, "_linear", noted)
+    return made
+
+
 class Own(torch.Tensor):
     """A type that may compute in a way of its own."""
 
@@ -142,12 +167,62 @@ def test_what_the_table_has_no_words_for_goes_through_the_dispatcher(monkeypatch
     assert torch.equal(linear(x.t().contiguous().t()), expected)
     monkeypatch.setattr(direct, "HAS_TABLE", False)
     assert torch.equal(linear(x), expected)
-    assert not direct._core.lend_tensors(int, torch.nn.Parameter)
-    assert direct._core.lend_tensors(torch.Tensor, torch.nn.Parameter)
 
 
 @torch.no_grad()
-def test_a_product_past_the_dispatcher_is_a_tensor_like_any_other() -> None:
+def test_a_table_that_is_not_known_leaves_the_one_that_was_lent(past: list[bool]) -> None:
+    assert direct.HAS_TABLE
+    assert not direct._core.lend_tensors(int, torch.nn.Parameter)
+    made("nf4")(torch.randn(2, K))
+    assert past == [True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_axes", [64, 65])
+def test_a_product_has_any_number_of_axes(n_axes: int, past: list[bool]) -> None:
+    linear, x = made("nf4"), torch.randn(K)
+    y = linear(x.reshape([1] * (n_axes - 1) + [K]))
+    assert past == [n_axes <= 64]
+    assert y.shape == (*[1] * (n_axes - 1), N)
+    assert torch.equal(y.flatten(), linear(x))
+
+
+@torch.no_grad()
+def test_zeros_that_are_nowhere_in_memory_are_multiplied() -> None:
+    linear = made("nf4")
+    assert torch.equal(linear(torch._efficientzerotensor((2, K))), linear(torch.zeros(2, K)))
+
+
+@torch.no_grad()
+def test_a_bias_that_is_computed_is_added() -> None:
+    linear, x = made("nf4"), torch.randn(2, K)
+    product, bias = linear(x) - linear.bias, linear.bias.clone()
+    linear.bias = torch.nn.Parameter(torch._neg_view(-bias), requires_grad=False)
+    torch.testing.assert_close(linear(x), product + bias)
+    linear.bias, mask = torch.nn.Parameter(bias, requires_grad=False), torch.arange(N) % 2
+    pruned = copy.deepcopy(linear)
+    prune.custom_from_mask(pruned, "bias", mask)
+    torch.testing.assert_close(pruned(x), product + bias * mask)
+    parametrize.register_parametrization(linear, "bias", Doubled())
+    torch.testing.assert_close(linear(x), product + 2 * bias)
+
+
+@torch.no_grad()
+def test_weights_that_are_computed_are_multiplied_by() -> None:
+    linear, x = made("nf4"), torch.randn(2, K)
+    expected = linear(x)
+    for name in ("weight", "weight_scale"):
+        parametrize.register_parametrization(linear, name, torch.nn.Identity())
+    assert torch.equal(linear(x), expected)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
+@torch.no_grad()
+def test_a_product_past_the_dispatcher_is_a_tensor_like_others_but_for_its_size() -> None:
     linear, x = made("nf4"), torch.randn(2, K)
     y = linear(x)
     assert y.is_contiguous()
@@ -155,6 +230,8 @@ def test_a_product_past_the_dispatcher_is_a_tensor_like_any_other() -> None:
     again = copy.deepcopy(y)
     y += 1
     assert torch.equal(y, again + 1)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.resize_(100, 100)
     kept = [linear(x) for _ in range(100)]
     del linear
     gc.collect()

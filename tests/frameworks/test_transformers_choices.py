@@ -150,6 +150,7 @@ def test_linears_of_classes_that_are_not_known_are_named(
     assert re.search(named, caplog.text)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "options", "head"),
     [
@@ -182,6 +183,9 @@ def test_the_head_is_quantized_to_int8_where_nothing_is_lost_by_it(
         (tmp_path / "config.json").write_text(json.dumps(config))
         again = auto.from_pretrained(tmp_path)
         assert again.config.quantization_config.head is None
+        auto.from_pretrained(tmp_path, quantization_config=FourfoldConfig(**{**options, "head": None}))
+        with pytest.raises(UnsupportedError, match="saved with head=None, not 'bf16'"):
+            auto.from_pretrained(tmp_path, quantization_config=FourfoldConfig(**{**options, "head": "bf16"}))
 
 
 @pytest.mark.parametrize("tied", [False, True])

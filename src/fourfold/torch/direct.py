@@ -20,7 +20,7 @@ import fourfold._core as _core
 from fourfold.torch.ops import HAS_TORCH_THREADS
 
 # Each name once: what is looked up in a module takes longer than the question itself.
-_linear, _threads = _core.linear, torch.get_num_threads
+_linear, _threads = _core.linear_of_tensors, torch.get_num_threads
 
 HAS_TABLE: bool = _core.lend_tensors(Tensor, nn.Parameter)  # else every product is the operator's
 
@@ -29,7 +29,8 @@ def multiply(x: Tensor, own: dict[str, Any], format: str, n: int, k: int) -> Ten
     """y (..., N) for x (..., K) and a module's parameters `weight`, `weight_scale` and `bias`.
 
     None where a gradient of either mode, a compiler, autocast, a dispatch mode, a transform or a profiler is at work,
-    and where a tensor is of a type of its own, lies elsewhere, or is not as it should be: the operator sees to that.
+    and where a tensor is of a type of its own, lies elsewhere, is computed (pruned, parametrized), or is not as it
+    should be: the operator sees to that.
     """
     if (
         is_compiling()
@@ -43,9 +44,11 @@ def multiply(x: Tensor, own: dict[str, Any], format: str, n: int, k: int) -> Ten
         or _get_tracing_state()
         or _profiler_enabled()
         or x.is_neg()  # whose memory holds the numbers negated
+        or "bias" not in own
+        or ((bias := own["bias"]) is not None and bias.is_neg())
     ):
         return None
     y: Tensor | None = _linear(
-        x, own["weight"], own.get("weight_scale"), own["bias"], format, n, k, _threads(), HAS_TORCH_THREADS
+        x, own.get("weight"), own.get("weight_scale"), bias, format, n, k, _threads(), HAS_TORCH_THREADS
     )
     return y

@@ -26,6 +26,8 @@ class Linear(nn.Linear):
     - `weight_format` uint8 (8,): the format's name in ASCII, so that weights are never read as what they are not;
     - `bias` (N,), or None.
 
+    Where no gradient is asked for, y's memory is not PyTorch's: `y.resize_` to more than it has raises RuntimeError.
+
     None but the bias can have a gradient. `Linear(K, N)` is empty (zero bytes), to be loaded into; `from_float`
     quantizes.
     """

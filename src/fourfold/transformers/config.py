@@ -24,12 +24,12 @@ class FourfoldConfig(QuantizationConfigMixin):
 
     - `format`: nf4 (default), int4, fp4, uint4, int8, bf16, f32: any that docs/format.md describes.
     - `modules_to_not_convert`: modules that stay as they are, as Transformers names and matches them (a path's
-      beginning, its end, or a regular expression). None leaves the output head and what is tied to it, as its other
-      methods do. A list takes the place of that: with [] the head is quantized like everything else.
-    - `head`: a format for the output head alone, or None to leave it to `modules_to_not_convert`. "auto" is int8, which
-      is as good as unquantized and read in half the time, where there is no list, the format is no finer (bf16, f32),
-      the model only calls its head, and what is tied to it can be read from it; else None. A saved model's config says
-      which it became.
+      beginning, its end, or a regular expression). None (default) leaves what is tied to the output head, and the head
+      to `head`. A list takes the place of that: with [] the head is quantized like everything else.
+    - `head`: the output head's format. "auto" (default) is int8, which is as good as unquantized and read in half the
+      time, where there is no list, the format is no finer (bf16, f32), the model only calls its head, and what is tied
+      to it can be read from it; else None. With None the head stays as it is, or is treated as the list says. A saved
+      model's config says what "auto" became.
 
     An embedding that is tied to a quantized head is read from it, so that there is one matrix still.
 
@@ -66,6 +66,8 @@ class FourfoldConfig(QuantizationConfigMixin):
         if given is None:
             return
         saved = self.to_dict()
+        if saved["head"] == AUTO:  # its file is of before there was a choice
+            saved["head"] = None
         if given["head"] == AUTO:  # whatever it became
             given = {**given, "head": saved["head"]}
         if different := [f"{key}={saved[key]!r}, not {given[key]!r}" for key in saved if given[key] != saved[key]]:

@@ -132,7 +132,9 @@ class FourfoldQuantizer(HfQuantizer):
 
     def _may_take_head(self, model: PreTrainedModel) -> bool:
         """Whether a head in int8 is no coarser than the rest, and takes the place of all that it is tied to."""
-        if self.pre_quantized or self.quantization_config.format not in SCALED or not model.get_output_embeddings():
+        if self.pre_quantized or self.quantization_config.format not in SCALED:
+            return False
+        if model.get_output_embeddings() is None:
             return False
         name = _head_of(model)
         others = _sharing(model, name) - {name}

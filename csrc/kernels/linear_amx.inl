@@ -7,7 +7,8 @@
 //   decoding   between the products: as a pair of panels is multiplied, the codes of the next become tiles, 8 inputs of
 //              a tile with every 64 inputs of a step; paid once for 512 tokens
 //   ahead      asked into L2 beside the products: the next inputs' x, the codes of the pair after the next, and, where
-//              sums are complete, the lines of y that the next step writes
+//              sums are complete, the lines of y that the next step writes; past the last panel the first inputs' x and
+//              the first codes of `next`, as of another block of outputs of the same tokens
 //   reuse      each loaded tile takes part in 2 products; x is loaded past the L1 cache, which is w's
 //   bound      by tdpbf16ps, 16 cycles a product of 16 x 16 x 32; 8 tile moves of sums in 64 products. Loads come next:
 //              of the four for 64 cycles of products the two past L1 are one in 33 cycles, the others one in 8
@@ -201,7 +202,8 @@ class Walk {
 
     void multiply_pair(const Pair& now, const Pair& next, size_t turn) const {
         const Pair after = is_end(next) ? next : following(next);
-        const ptrdiff_t to_after = is_end(after) ? 0 : begin_of(after) - begin_of(next);
+        const uint8_t* const read_after = is_end(next) ? nullptr : is_end(after) ? a_.next : begin_of(after);
+        const ptrdiff_t to_after = read_after ? read_after - begin_of(next) : 0;
         const Rows w = tiles(now, turn);
         const bool two_panels = n_panels(now) == 2;
         Decoding<F> decodings[2 * kBlockTiles];
@@ -242,8 +244,8 @@ class Walk {
 
     Soon<F> soon(const Pair& now, const Pair& next, size_t m) const {
         Soon<F> of;
-        const size_t tile = is_last(now) ? 0 : now.tile + kBlockTiles;  // 0: of the next block of panels
-        if (tile > 0 || now.end < a_.n_panels) {
+        const size_t tile = is_last(now) ? 0 : now.tile + kBlockTiles;  // 0: of the next block of panels, or call
+        if (tile > 0 || now.end < a_.n_panels || a_.next) {
             const size_t lines = kTileBytes / 64, n_pairs = (now.end - now.begin + 1) / 2;
             const size_t pair = (now.panel - now.begin) / 2;
             of.x = {x_at(m, tile), lines * pair / n_pairs, lines * (pair + 1) / n_pairs};

@@ -28,7 +28,7 @@ from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.footprint import Footprint
 from fourfold.llm import LLM
 from fourfold.machine import RankPlan, read_machine
-from fourfold.residency import STRETCHES, choose_residency
+from fourfold.residency import STRETCHES, Residency, choose_residency
 
 Logits = NDArray[np.float32]
 # Every format over every number of ranks; each model meets every one of both.
@@ -102,6 +102,26 @@ def test_matrices_of_many_pieces_give_the_same_bits(shared: Path, converted: Cal
         engines = [Engine(directory, ranks=ranks, weights=where) for where in ("memory", "disk")]
         ids = list(range(300, 340))
         assert np.array_equal(*(engine.logits(ids) for engine in engines))
+
+
+@pytest.mark.parametrize("away", ["gate", "up", "down"])
+@pytest.mark.parametrize(("name", "ranks"), [("llama", 1), ("yuan", 3)])
+def test_a_feed_forward_partly_on_disk_gives_the_same_bits(
+    models: Callable[[str, str], Path], name: str, ranks: int, away: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up are packed for down where all are in memory, and written for it where one is not."""
+    directory, ids = models(name, "nf4"), [i % 50 + 1 for i in range(600)]
+    whole = Engine(directory, ranks=ranks)
+
+    def residency(need: Footprint, *_: Any) -> Residency:
+        on_disk = frozenset(weight for weight in need.slices if weight.endswith(f".{away}"))
+        return Residency(frozenset(need.slices) - on_disk, on_disk)
+
+    monkeypatch.setattr(fourfold.engine, "choose_residency", residency)
+    parted = Engine(directory, ranks=ranks)
+    assert parted._residency.on_disk
+    assert np.array_equal(parted.logits(ids), whole.logits(ids))
+    assert parted.disk_bytes_read() > 0
 
 
 def with_memory_for(share: float, need: Footprint, context: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,9 +166,8 @@ void bind_program(nb::module_& m) {
             "gate"_a = "silu", "base"_a = Program::kNone, "sum"_a = Program::kNone, "sum_bias"_a = nb::list(),
             "is_for_next"_a = false,
             "parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input\n"
-            "is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of "
-            "the\n"
-            "next op's input, and of nothing else.")
+            "is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of\n"
+            "the next op's input, and of nothing else.")
         .def(
             "add_reduce",
             [](Program& p, int partial, int base, const std::vector<Array<const float, 1>>& bias, int dst) {

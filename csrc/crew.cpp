@@ -52,8 +52,8 @@ class OwnCrew final : public Crew {
     }
 
     // A call in one word, which a thread reads at once: its number, and how many parts it has. Part i is thread i's, or
-    // the caller's where that thread has not come by when the caller is done with its own: whoever takes it first. Those
-    // who took one are waited for, so that nothing of a call changes before they are done; nobody else is.
+    // the caller's where that thread has not come by when the caller is done with its own: whoever takes it first.
+    // Those who took one are waited for, so that nothing of a call changes before they are done; nobody else is.
     static constexpr int kBits = 16;
     using Part = std::atomic<uint64_t>;    // the call that it is of, until it is taken
     static constexpr uint64_t kTaken = 0;  // no call's
@@ -113,9 +113,7 @@ class OwnCrew final : public Crew {
 
 std::atomic<OwnCrew*> shared = nullptr;
 
-}  // namespace
-
-static OwnCrew& crew() {
+OwnCrew& crew() {
     // Never destroyed: its threads may outlive main. A forked child has none of them, and forgets it.
     static std::once_flag once;
     std::call_once(once, [] {
@@ -124,6 +122,8 @@ static OwnCrew& crew() {
     });
     return *shared;
 }
+
+}  // namespace
 
 Crew& own_crew() { return crew(); }
 void stall_own_crew(size_t i, double seconds) { crew().stall(i, seconds); }

@@ -26,9 +26,9 @@ class Crew {
     virtual void run(size_t n, Job job) = 0;
 };
 
-// Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms and
-// then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own. Throws
-// std::system_error where the system gives no more threads.
+// Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms
+// and then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own.
+// Throws std::system_error where the system gives no more threads.
 Crew& own_crew();
 // For tests: thread i of those, from 1 on, sleeps before it comes to the next call.
 void stall_own_crew(size_t i, double seconds);

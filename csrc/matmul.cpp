@@ -35,12 +35,12 @@ uint8_t* working_memory(size_t bytes) {
     return memory.as();
 }
 
-// Panels that a thread takes at a time: of a few rows, whose time is that of reading, as many as take 10 microseconds and
-// no fewer than a kernel walks together; of more rows, whose kernels want many at once, a quarter of its share.
+// Panels that a thread takes at a time: of a few rows, whose time is that of reading, as many as take 10 microseconds
+// and no fewer than a kernel walks together; of more rows, whose kernels want many at once, a quarter of its share.
 size_t panels_at_once(size_t m, size_t n_panels, size_t bytes, size_t n_threads) {
-    const size_t share = std::max<size_t>(n_panels / n_threads, 1);
-    const size_t wanted = m <= kFewRows ? std::max<size_t>(kBytesAtOnce / bytes, 1) * 4 : (share + 3) / 4;
-    return std::min({wanted, share, std::max<size_t>(kSumBytes / (m * kTileN * sizeof(float)), 1)});
+    const size_t own = std::max<size_t>(n_panels / n_threads, 1);
+    const size_t wanted = m <= kFewRows ? std::max<size_t>(kBytesAtOnce / bytes, 1) * 4 : (own + 3) / 4;
+    return std::min({wanted, own, std::max<size_t>(kSumBytes / (m * kTileN * sizeof(float)), 1)});
 }
 
 // One block of rows: what all threads read, and what each has for itself.

@@ -1,9 +1,9 @@
 // y = x Wᵀ + bias on a caller's arrays: the kernels without a program, for those who have a matrix and some rows.
 //
 // Walk of a call, for each block of rows: the rows are packed as the kernel wants them, by the caller alone where that
-// is less than waking others costs; then the threads take panels a few at a time, their own first, and help who has most
-// left (shares.h), with sums that stay in their L2, and round them to the caller's numbers. One token is read at the
-// speed of the memory; the rest is two calls of the crew.
+// is less than waking others costs; then the threads take panels a few at a time, their own first, and help who has
+// most left (shares.h), with sums that stay in their L2, and round them to the caller's numbers. One token is read at
+// the speed of the memory; the rest is two calls of the crew.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,8 +34,8 @@ struct MatmulArgs {
 };
 
 // The kernel is the best of this ISA for m rows. The result is the same bits for any crew and any number of threads.
-// Working memory is the calling thread's own, kept from call to call: up to 1.2 MB and a row a thread, and one block of rows. Throws
-// std::bad_alloc where there is none.
+// Working memory is the calling thread's own, kept from call to call: up to 1.2 MB and a row a thread, and one block of
+// rows. Throws std::bad_alloc where there is none.
 void matmul(const MatmulArgs& args, Isa isa, Crew& crew, size_t n_threads);
 
 // Rows [begin, end) of the matrix as float32 (end - begin, k).

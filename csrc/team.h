@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "shares.h"
 #include "timeline.h"
 
 namespace fourfold {
@@ -56,9 +57,8 @@ class Worker {
         return share(count, unit, thread, n_threads);
     }
     static std::pair<size_t, size_t> share(size_t count, size_t unit, size_t thread, size_t n_threads) {
-        const size_t units = (count + unit - 1) / unit;
-        const size_t begin = units * thread / n_threads * unit, end = units * (thread + 1) / n_threads * unit;
-        return {begin < count ? begin : count, end < count ? end : count};
+        const auto [begin, end] = fourfold::share((count + unit - 1) / unit, thread, n_threads);
+        return {std::min(begin * unit, count), std::min(end * unit, count)};
     }
 
   private:

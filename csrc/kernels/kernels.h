@@ -41,9 +41,9 @@ struct I16Row {
     }
 };
 
-// From one band of bf16 activations to the next: an odd number of 8 KB. The same 512 inputs of many bands, which kernels
-// take together, then fill a second-level cache evenly (2,048 sets of lines: 16 times 8 KB). If bands lay as far apart
-// as K demands, at K = 8192 they would share an eighth of it.
+// From one band of bf16 activations to the next: an odd number of 8 KB. The same 512 inputs of many bands, which
+// kernels take together, then fill a second-level cache evenly (2,048 sets of lines: 16 times 8 KB). If bands lay as
+// far apart as K demands, at K = 8192 they would share an eighth of it.
 constexpr size_t band_bytes(size_t k_tiles) { return ((k_tiles + 3) / 4 | 1) * 8192; }
 
 // M, or as many rows as its whole bands have.

@@ -366,8 +366,8 @@ class Program:
     ) -> None:
         """
         parts: (weight, destination, bias of each rank or nothing). norm: of each rank, weights that the input
-        is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of the
-        next op's input, and of nothing else.
+        is normed with. sum: where base + outputs + sum_bias goes. is_for_next: the outputs are gate and up of
+        the next op's input, and of nothing else.
         """
 
     def add_reduce(

@@ -66,7 +66,7 @@ class FourfoldConfig(QuantizationConfigMixin):
         if given is None:
             return
         saved = self.to_dict()
-        if saved["head"] == AUTO:  # its file is of before there was a choice
+        if saved["head"] == AUTO:  # its file says nothing of a head, which stayed as it was
             saved["head"] = None
         if given["head"] == AUTO:  # whatever it became
             given = {**given, "head": saved["head"]}

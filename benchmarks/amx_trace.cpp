@@ -96,8 +96,8 @@ void run_attention(const AttendKernel& kernel, size_t rows, size_t n, size_t d) 
     for (size_t i = 0; i < args.n_queries; ++i)
         args.q[i] = reinterpret_cast<float*>(memory(d * 4)), args.n_positions[i] = n;
     for (size_t i = 0; i < 1024; ++i) pages[i] = static_cast<int32_t>(i);
-    args.page_stride = KvPage::bytes(kernel.format, d), args.page_table = pages;
-    args.pages = memory(args.page_stride * (n / kPage + 2));
+    args.runs = {n / kPage + 2, 1, KvPage::bytes(kernel.format, d)}, args.page_table = pages;
+    args.pages = memory(args.runs.bytes());
     args.end = n, args.end_ahead = n, args.d = d, args.scale = 1;
     args.partial = reinterpret_cast<float*>(memory(kAttendQueries * attend_partial_floats(d) * 4));
     args.scratch = reinterpret_cast<float*>(memory(attend_scratch_floats(d) * 4));

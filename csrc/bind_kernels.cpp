@@ -117,19 +117,19 @@ void attend(const std::string& name, Array<const float, 2> q, Array<const float,
     if (n == 0 || n > kAttendQueries || n_positions.shape(0) != n || first.shape(0) != n || values.shape(0) != t ||
         keys.shape(1) != d || t == 0 || chunk == 0 || chunk % kPage != 0)
         throw std::invalid_argument("attend: the arrays' shapes do not agree");
-    const size_t bytes = KvPage::bytes(format, d), n_pages = (t + kPage - 1) / kPage,
-                 n_chunks = (t + chunk - 1) / chunk;
+    const KvRuns runs{(t + kPage - 1) / kPage, 3, KvPage::bytes(format, d)};
+    const size_t n_pages = runs.n_pages, kv_head = 1, n_chunks = (t + chunk - 1) / chunk;
     const size_t floats = attend_partial_floats(d);
-    const NodeMemory pages(n_pages * bytes, kAnyNode);
-    // What a page's unwritten part held must not matter: not-a-numbers, in reversed page order.
-    std::memset(pages.as(), 0xFF, n_pages * bytes);
+    const NodeMemory pages(runs.bytes(), kAnyNode);
+    // What a page's unwritten part held must not matter, nor other heads: not-a-numbers, in reversed page order.
+    std::memset(pages.as(), 0xFF, runs.bytes());
     std::vector<int32_t> order;
     for (size_t i = 0; i < n_pages; ++i) order.push_back(static_cast<int32_t>(n_pages - 1 - i));
     for (size_t p = t; p-- > 0;)  // in no particular order
-        rows.kv_store(format, pages.as() + static_cast<size_t>(order[p / kPage]) * bytes, p % kPage, d,
+        rows.kv_store(format, pages.as() + runs.offset(static_cast<size_t>(order[p / kPage]), kv_head), p % kPage, d,
                       keys.data() + p * d, values.data() + p * d);
-    rows.kv_clear(format, pages.as(), (t - 1) % kPage + 1, d);  // of the last page, the first in memory
-    const std::vector<uint8_t> before(pages.as(), pages.as() + n_pages * bytes);
+    rows.kv_clear(format, pages.as() + runs.offset(0, kv_head), (t - 1) % kPage + 1, d);  // of the last page
+    const std::vector<uint8_t> before(pages.as(), pages.as() + runs.bytes());
     AttendArgs args{};
     args.n_queries = n;
     for (size_t i = 0; i < n; ++i) {
@@ -138,7 +138,8 @@ void attend(const std::string& name, Array<const float, 2> q, Array<const float,
         args.n_positions[i] = static_cast<size_t>(n_positions.data()[i]);
     }
     args.pages = pages.as();
-    args.page_stride = bytes;
+    args.runs = runs;
+    args.kv_head = kv_head;
     args.page_table = order.data();
     args.d = d;
     args.scale = 1.0f / std::sqrt(static_cast<float>(d));

@@ -10,7 +10,7 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
     const Buffer &queries = Ops::buffer(p, q), &keys = Ops::buffer(p, k), &values = Ops::buffer(p, v);
     Program::Cache& cache = Ops::cache(p, layer);
     const KvFormat kv = Ops::options(p).kv;
-    const size_t n_q = queries.width[r] / d, n_kv = cache.n_heads[r], n_heads = n_q + n_kv;
+    const size_t n_q = queries.width[r] / d, n_kv = cache.runs[r].n_heads, n_heads = n_q + n_kv;
     const RotaryTable& table = Ops::rotary(p, rotary);
     const size_t half = table.dim / 2;
     const auto turn = [&](float* head, const Vectors& norm, size_t position) {
@@ -29,7 +29,7 @@ void CacheOp::run(Program& p, Worker& worker, const Step& step) const {
         const size_t h = head - n_q;
         const SequenceRows& sequence = step.sequences[static_cast<size_t>(step.row_sequence[m])];
         const auto page = static_cast<size_t>(sequence.pages[position / kPage]);
-        uint8_t* to = cache.pages[r].as() + (page * n_kv + h) * KvPage::bytes(kv, d);
+        uint8_t* to = cache.pages[r].as() + cache.runs[r].offset(page, h);
         const size_t slot = position % kPage;
         turn(keys.row(r, m) + h * d, norms.k, position);
         Ops::rows(p).kv_store(kv, to, slot, d, keys.row(r, m) + h * d, values.row(r, m) + h * d);
@@ -89,9 +89,8 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const size_t r = worker.rank, d = Ops::options(p).head_dim;
     const Buffer &queries = Ops::buffer(p, q), &to = Ops::buffer(p, dst);
     const Program::Cache& cache = Ops::cache(p, layer);
-    const KvFormat kv = Ops::options(p).kv;
     const AttendKernel& kernel = Ops::attend_kernel(p, step.n_tokens(), step.tokens_class);
-    const size_t chunk = Ops::attend_chunk(p), page_bytes = KvPage::bytes(kv, d);
+    const size_t chunk = Ops::attend_chunk(p);
     const size_t query_floats = attend_partial_floats(d), item_floats = kAttendQueries * query_floats;
     const auto positions_of = [&](const Item& i) {
         return static_cast<size_t>(step.row_position[i.row + i.n_rows - 1]) + 1;  // of its last row
@@ -114,12 +113,13 @@ void AttendOp::run(Program& p, Worker& worker, const Step& step) const {
     const bool is_split = most_chunks > 1 && count_items(step, groups[r], by_head) < few;
 
     AttendArgs args{};
-    args.page_stride = cache.n_heads[r] * page_bytes;
+    args.pages = cache.pages[r].as();
+    args.runs = cache.runs[r];
     args.d = d;
     args.scale = scale;
     args.scratch = reinterpret_cast<float*>(Ops::scratch(p, worker));
     const auto attend = [&](const Item& i, size_t c, float* partial) {
-        args.pages = cache.pages[r].as() + i.kv_head * page_bytes;
+        args.kv_head = i.kv_head;
         args.page_table = i.sequence->pages;
         args.begin = std::max(c * chunk, begin_of(i));
         args.end = std::min((c + 1) * chunk, positions_of(i));

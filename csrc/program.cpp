@@ -145,7 +145,8 @@ void Program::add_cache(int layer, int q, int k, int v, int rotary, HeadNorms no
     if (static_cast<size_t>(layer) != caches_.size()) throw std::invalid_argument("layers are added in order");
     Cache& cache = caches_.emplace_back();
     for (size_t r = 0; r < team_->n_ranks(); ++r)
-        cache.n_heads.push_back(buffers_[static_cast<size_t>(k)].width[r] / options_.head_dim);
+        cache.runs.push_back({options_.n_pages, buffers_[static_cast<size_t>(k)].width[r] / options_.head_dim,
+                              KvPage::bytes(options_.kv, options_.head_dim)});
     ops_.push_back(std::make_unique<CacheOp>(layer, q, k, v, rotary, std::move(norms)));
 }
 
@@ -182,7 +183,6 @@ void Program::finish() {
     }
     if (widest_panel && !stream_) throw std::invalid_argument("weights outside memory need a file to be read from");
     const size_t scratch = scratch_bytes(widest, options_.context, options_.head_dim);
-    const size_t page = KvPage::bytes(options_.kv, options_.head_dim);
     for (size_t r = 0; r < team_->n_ranks(); ++r) {
         const RankPlan& plan = team_->plan()[r];
         packed_.emplace_back(packed_bytes_, plan.node);
@@ -197,7 +197,7 @@ void Program::finish() {
             gathered.emplace_back(widest_panel, plan.node);
         }
         timelines_.emplace_back(plan.cpus.size());
-        for (Cache& cache : caches_) cache.pages.emplace_back(options_.n_pages * cache.n_heads[r] * page, plan.node);
+        for (Cache& cache : caches_) cache.pages.emplace_back(cache.runs[r].bytes(), plan.node);
     }
     link_linears();
     size_t n_threads = 0;
@@ -273,8 +273,7 @@ const std::vector<Mark>& Program::marks(size_t rank, size_t thread) const {
 size_t Program::kv_bytes() const {
     size_t total = 0;
     for (const Cache& cache : caches_)
-        for (const size_t heads : cache.n_heads)
-            total += options_.n_pages * heads * KvPage::bytes(options_.kv, options_.head_dim);
+        for (const KvRuns& runs : cache.runs) total += runs.bytes();
     return total;
 }
 

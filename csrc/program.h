@@ -200,9 +200,9 @@ class Program : public std::enable_shared_from_this<Program> {
         return n_chunks * kAttendQueries * attend_partial_floats(head_dim) * sizeof(float);
     }
 
-    struct Cache {                      // of one layer
-        std::vector<NodeMemory> pages;  // per rank: (n_pages, its KV heads, KvPage::bytes)
-        std::vector<size_t> n_heads;
+    struct Cache {  // of one layer, per rank
+        std::vector<NodeMemory> pages;
+        std::vector<KvRuns> runs;
     };
 
   private:

@@ -205,6 +205,12 @@ def test_what_is_not_a_number_stays_so(kernel: str) -> None:
     got = attend(kernel, q, k, v, [80, 90, 100])
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2]]).all()
+    if ROWS[kernel]["kv"] == "int8":  # whose pages hold numbers alone
+        return
+    q[1, 5], k[85, 9] = 1, np.nan
+    got = attend(kernel, q, k, v, [80, 90, 100])
+    assert np.isfinite(got[0]).all()
+    assert np.isnan(got[1:]).all()
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "f32"])

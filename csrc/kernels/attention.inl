@@ -19,32 +19,67 @@ constexpr size_t kColumns = kLanes == 16 ? 4 : 2;  // vectors
 template <KvFormat F>
 using Factor = std::conditional_t<F == KvFormat::bf16, uint32_t, float>;
 
-inline uint32_t bf16_pair(float even, float odd) { return to_bf16(even) | static_cast<uint32_t>(to_bf16(odd)) << 16; }
-
-// n floats as factors, in place where they are to be floats.
+// n floats as factors, at `to` where they are not floats there already: whole vectors, zeros behind them.
 template <KvFormat F>
-inline const Factor<F>* as_factors(float* x, size_t n) {
+inline const Factor<F>* as_factors(const float* x, size_t n, float* to) {
     if constexpr (F == KvFormat::bf16) {
-        auto* pairs = reinterpret_cast<uint32_t*>(x);
-        for (size_t i = 0; i < n; i += 2) {
-            const uint32_t pair = bf16_pair(x[i], i + 1 < n ? x[i + 1] : 0);
-            std::memcpy(&pairs[i / 2], &pair, 4);
+        constexpr size_t kTaken = 2 * kLanes;
+        size_t i = 0;
+        for (; i + kTaken <= n; i += kTaken) store_bf16(to + i / 2, x + i);
+        if (i < n) {
+            float rest[kTaken] = {};
+            std::memcpy(rest, x + i, (n - i) * sizeof(float));
+            store_bf16(to + i / 2, rest);
         }
-        return pairs;
+        return reinterpret_cast<const uint32_t*>(to);
     } else {
         return x;
     }
 }
 
+// What is asked for ahead of its loads. Where a line takes few operations a core itself looks some 4 KB ahead, and asking
+// for all of it only keeps the few miss buffers from the loads (bf16, docs/log.md, 2026-11-30): it is enough to ask for
+// the first lines of each 4 KB, which hardware prefetchers do not enter by themselves, and towards a page's end for the
+// first 4 KB of the next. The page after is asked for whole where lines take longer, which is int8, and where it lies
+// elsewhere, since what follows in memory is then read in vain.
+class Ahead {
+  public:
+    // `next`: the page to be read after `page`, or null.
+    Ahead(KvFormat f, size_t d, const uint8_t* page, const uint8_t* next)
+        : end_(page + KvPage::scales_offset(f, d)), next_(next), tail_(KvPage::scales_offset(f, d)) {
+        const size_t bytes = KvPage::bytes(f, d);
+        if (f != KvFormat::int8 && next == page + bytes && kFollowed < tail_) tail_ = kFollowed;
+        if (next) ask_lines(next + KvPage::scales_offset(f, d), bytes - KvPage::scales_offset(f, d));
+    }
+    // n bytes at `at` are read now.
+    void ask(const uint8_t* at, size_t n) const {
+        const auto left = static_cast<size_t>(end_ - at);
+        if (left > tail_) {
+            if (reinterpret_cast<uintptr_t>(at) % kFollowed < n) ask_lines(at + kFollowed, kFirstBytes);
+        } else if (next_) {
+            ask_lines(next_ + (tail_ - left), n);
+        }
+    }
+
+  private:
+    static constexpr size_t kFollowed = 4096, kFirstBytes = 4 * 64;
+    static void ask_lines(const uint8_t* at, size_t n) {
+        // Into L2; in assembly, since gcc 12 drops calls of a function that does nothing but prefetch.
+        for (size_t i = 0; i < n; i += 64) asm volatile("prefetcht1 %0" : : "m"(at[i]));
+    }
+    const uint8_t *end_, *next_;
+    size_t tail_;
+};
+
 // Adds the products of N rows `a` (`depth` factors each) with columns [c0, c0 + C kLanes) of a (depth, width) matrix to
-// sums. The same bytes of the next matrix, `ahead` bytes further on, are prefetched where it is not 0.
+// sums; `ahead`, where there is one, hears what is read.
 template <KvFormat F, size_t N, size_t C>
 inline void times_page(const Factor<F>* const* a, size_t depth, const uint8_t* matrix, size_t width, size_t c0,
-                       ptrdiff_t ahead, Vec (&sums)[N][C]) {
+                       const Ahead* ahead, Vec (&sums)[N][C]) {
     constexpr size_t kBytes = F == KvFormat::int8 ? 1 : 4;  // a lane
     for (size_t k = 0; k < depth; ++k) {
         const uint8_t* at = matrix + (k * width + c0) * kBytes;
-        for (size_t b = 0; ahead && b < C * kLanes * kBytes; b += 64) __builtin_prefetch(at + ahead + b, 0, 2);
+        if (ahead) ahead->ask(at, C * kLanes * kBytes);
         for (size_t c = 0; c < C; ++c) {
             const uint8_t* v = at + c * kLanes * kBytes;
             if constexpr (F == KvFormat::bf16) {
@@ -63,24 +98,20 @@ inline void times_page(const Factor<F>* const* a, size_t depth, const uint8_t* m
 // much what was summed before shrinks. `highest` and `total` go on.
 template <KvFormat F>
 inline float soften(float* s, size_t first, size_t n, const float* value_scales, float& highest, float& total) {
-    for (size_t p = 0; p < first; ++p) s[p] = -INFINITY;
-    for (size_t p = n; p < kPage; ++p) s[p] = -INFINITY;
-    Vec most = set1(highest);
-    for (size_t p = 0; p < kPage; p += kLanes) most = max(most, load(s + p));
-    const float top = largest(most), shrink = std::exp(highest - top);
-    Vec sums = zero();
-    for (size_t p = 0; p < kPage; p += kLanes) {
-        const Vec e = exp(sub(load(s + p), set1(top)));
-        store(s + p, e);
-        if (first <= p && p + kLanes <= n) sums = add(sums, e);
-    }
-    const size_t whole = (first + kLanes - 1) / kLanes * kLanes, ragged = n / kLanes * kLanes;
-    float rest = 0;
-    for (size_t p = first; p < whole && p < n; ++p) rest += s[p];
-    for (size_t p = ragged < whole ? whole : ragged; p < n; ++p) rest += s[p];
-    for (size_t p = 0; p < first; ++p) s[p] = 0;
-    for (size_t p = n; p < kPage; ++p) s[p] = 0;
-    total = total * shrink + sum(sums) + rest;
+    const auto hide = [&](float with) {
+        for (size_t p = 0; p < first; ++p) s[p] = with;
+        for (size_t p = n; p < kPage; ++p) s[p] = with;
+    };
+    hide(-INFINITY);
+    Vec most = load(s);
+    for (size_t p = kLanes; p < kPage; p += kLanes) most = max(most, load(s + p));
+    const float of_page = largest(most), top = of_page <= highest ? highest : of_page;
+    for (size_t p = 0; p < kPage; p += kLanes) store(s + p, exp(sub(load(s + p), set1(top))));
+    hide(0);
+    Vec sums = load(s);
+    for (size_t p = kLanes; p < kPage; p += kLanes) sums = add(sums, load(s + p));
+    const float shrink = top == highest ? 1.0f : std::exp(highest - top);
+    total = total * shrink + sum(sums);
     highest = top;
     if (F == KvFormat::int8)
         for (size_t p = 0; p < kPage; p += kLanes) store(s + p, mul(load(s + p), load(value_scales + p)));
@@ -98,7 +129,7 @@ inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
 
 // One page for queries [first, first + N), `q` being theirs: scores, softmax update, values.
 template <KvFormat F, size_t N>
-void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, const uint8_t* page, ptrdiff_t ahead,
+void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, const uint8_t* page, const Ahead* ahead,
                  size_t position) {
     constexpr size_t kPair = F == KvFormat::bf16 ? 2 : 1;  // elements a factor
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
@@ -127,25 +158,30 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
         const size_t from = unseen_of(a, first + i, position), n = seen_of(a, first + i, position);
         if (from < n) {
             const float shrink = soften<F>(s, from, n, key_scales + kPage, own[dp], own[dp + 1]);
-            for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
+            if (shrink != 1)
+                for (size_t d = 0; d < dp; d += kLanes) store(own + d, mul(load(own + d), set1(shrink)));
         } else {
             std::memset(s, 0, kPage * sizeof(float));
         }
-        weights[i] = as_factors<F>(s, kPage);
+        weights[i] = as_factors<F>(s, kPage, a.scratch + kQuad * kPage + i * kPage / 2);
     }
-    const uint8_t* values = page + KvPage::values_offset(F, a.d);
-    const auto add_values = [&]<size_t C>(std::integral_constant<size_t, C>, size_t d) {
-        Vec out[N][C];
-        for (size_t i = 0; i < N; ++i)
-            for (size_t c = 0; c < C; ++c) out[i][c] = load(sums + i * step + d + c * kLanes);
-        times_page<F, N>(weights, (seen + kPair - 1) / kPair, values, dp, d, ahead, out);
-        for (size_t i = 0; i < N; ++i)
-            for (size_t c = 0; c < C; ++c) store(sums + i * step + d + c * kLanes, out[i][c]);
-    };
-    size_t d = 0;
-    for (; d + kColumns * kLanes <= dp; d += kColumns * kLanes)
-        add_values(std::integral_constant<size_t, kColumns>{}, d);
-    for (; d < dp; d += kLanes) add_values(std::integral_constant<size_t, 1>{}, d);
+    for (size_t d = 0; d < dp; d += KvPage::kBlock) {
+        const size_t width = KvPage::block_width(a.d, d);
+        const uint8_t* values = page + KvPage::block_offset(F, a.d, d);
+        const auto add_values = [&]<size_t C>(std::integral_constant<size_t, C>, size_t column) {
+            float* own = sums + d + column;
+            Vec out[N][C];
+            for (size_t i = 0; i < N; ++i)
+                for (size_t c = 0; c < C; ++c) out[i][c] = load(own + i * step + c * kLanes);
+            times_page<F, N>(weights, (seen + kPair - 1) / kPair, values, width, column, ahead, out);
+            for (size_t i = 0; i < N; ++i)
+                for (size_t c = 0; c < C; ++c) store(own + i * step + c * kLanes, out[i][c]);
+        };
+        size_t column = 0;
+        for (; column + kColumns * kLanes <= width; column += kColumns * kLanes)
+            add_values(std::integral_constant<size_t, kColumns>{}, column);
+        for (; column < width; column += kLanes) add_values(std::integral_constant<size_t, 1>{}, column);
+    }
 }
 
 template <KvFormat F>
@@ -155,23 +191,19 @@ void attend(const AttendArgs& a) {
     for (size_t i = 0; i < a.n_queries; ++i) {
         std::memset(a.partial + i * step, 0, step * sizeof(float));
         a.partial[i * step + dp] = -INFINITY;
-        float* own = a.scratch + kQuad * kPage + i * dp;
-        std::memcpy(own, a.q[i], a.d * sizeof(float));
-        q[i] = as_factors<F>(own, a.d);
+        q[i] = as_factors<F>(a.q[i], a.d, a.scratch + kQuad * kPage * 3 / 2 + i * (dp + kLanes) / 2);
     }
-    const auto page_at = [&](size_t position) {
-        return a.pages + static_cast<size_t>(a.page_table[position / kPage]) * a.page_stride;
-    };
     for (size_t position = a.begin; position < a.end; position += kPage) {
-        const uint8_t* page = page_at(position);
-        const ptrdiff_t ahead = position + kPage < a.end_ahead ? page_at(position + kPage) - page : 0;
+        const uint8_t *page = a.page_at(position),
+                      *next = position + kPage < a.end_ahead ? a.page_at(position + kPage) : nullptr;
+        const Ahead ahead(F, a.d, page, next);
         for (size_t i = 0; i < a.n_queries; i += kQuad) {
             const size_t n = a.n_queries - i < kQuad ? a.n_queries - i : kQuad;
             const auto take = n == 4   ? attend_page<F, 4>
                               : n == 3 ? attend_page<F, 3>
                               : n == 2 ? attend_page<F, 2>
                                        : attend_page<F, 1>;
-            take(a, i, q + i, page, i ? 0 : ahead, position);
+            take(a, i, q + i, page, i ? nullptr : &ahead, position);
         }
     }
 }
@@ -214,40 +246,55 @@ inline float int8_scale(const float* x, size_t d, float* inverse) {
 
 inline uint8_t int8_code(float x) { return static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x))); }
 
+// f(begin, first, width) for each block of a page's values: where `row` of it lies, a position's values or, in bf16, two
+// positions' pairs of them; its first dimension; and its dimensions.
+template <class F>
+inline void each_block(KvFormat format, uint8_t* page, size_t row, size_t d, F f) {
+    const size_t element = KvPage::element_bytes(format) * (format == KvFormat::bf16 ? 2 : 1);
+    for (size_t first = 0; first < KvPage::padded(d); first += KvPage::kBlock) {
+        const size_t width = KvPage::block_width(d, first);
+        f(page + KvPage::block_offset(format, d, first) + row * width * element, first, width);
+    }
+}
+
 void kv_store(KvFormat format, uint8_t* page, size_t slot, size_t d, const float* k, const float* v) {
-    const size_t dp = KvPage::padded(d);
-    uint8_t* values = page + KvPage::values_offset(format, d);
     if (format == KvFormat::int8) {
         auto* scales = reinterpret_cast<float*>(page + KvPage::scales_offset(format, d));
         float k_inverse, v_inverse;
         scales[slot] = int8_scale(k, d, &k_inverse);
         scales[kPage + slot] = int8_scale(v, d, &v_inverse);
         for (size_t i = 0; i < d; ++i) page[i * kPage + slot] = int8_code(k[i] * k_inverse);
-        for (size_t i = 0; i < dp; ++i) values[slot * dp + i] = i < d ? int8_code(v[i] * v_inverse) : 0;
+        each_block(format, page, slot, d, [&](uint8_t* to, size_t first, size_t width) {
+            for (size_t i = 0; i < width; ++i) to[i] = first + i < d ? int8_code(v[first + i] * v_inverse) : 0;
+        });
     } else if (format == KvFormat::bf16) {
         auto* keys = reinterpret_cast<uint16_t*>(page);
-        auto* rows = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2 + slot % 2;
         for (size_t i = 0; i < d + d % 2; ++i) keys[(i / 2 * kPage + slot) * 2 + i % 2] = i < d ? to_bf16(k[i]) : 0;
-        for (size_t i = 0; i < dp; ++i) rows[i * 2] = i < d ? to_bf16(v[i]) : 0;
+        each_block(format, page, slot / 2, d, [&](uint8_t* at, size_t first, size_t width) {
+            auto* to = reinterpret_cast<uint16_t*>(at) + slot % 2;
+            for (size_t i = 0; i < width; ++i) to[2 * i] = first + i < d ? to_bf16(v[first + i]) : 0;
+        });
     } else {
         auto* keys = reinterpret_cast<float*>(page);
-        auto* rows = reinterpret_cast<float*>(values);
         for (size_t i = 0; i < d; ++i) keys[i * kPage + slot] = k[i];
-        for (size_t i = 0; i < dp; ++i) rows[slot * dp + i] = i < d ? v[i] : 0;
+        each_block(format, page, slot, d, [&](uint8_t* at, size_t first, size_t width) {
+            auto* to = reinterpret_cast<float*>(at);
+            for (size_t i = 0; i < width; ++i) to[i] = first + i < d ? v[first + i] : 0;
+        });
     }
 }
 
 // Element by element, so that other threads may store the slots before meanwhile.
 void kv_clear(KvFormat format, uint8_t* page, size_t slot, size_t d) {
-    const size_t dp = KvPage::padded(d), element = KvPage::element_bytes(format);
-    const size_t pair = format == KvFormat::bf16 ? 2 : 1;  // neighbours in a lane
-    uint8_t* values = page + KvPage::values_offset(format, d);
+    const size_t element = KvPage::element_bytes(format), pair = format == KvFormat::bf16 ? 2 : 1;  // in a lane
     for (size_t i = 0; i < d; i += pair)
         std::memset(page + (i * kPage + slot * pair) * element, 0, (kPage - slot) * pair * element);
-    if (slot % pair) {
-        auto* odd = reinterpret_cast<uint16_t*>(values) + slot / 2 * dp * 2 + 1;
-        for (size_t i = 0; i < dp; ++i) odd[i * 2] = 0;
-        ++slot;
-    }
-    std::memset(values + slot * dp * element, 0, (kPage - slot) * dp * element);
+    const bool splits = slot % pair != 0;  // two positions' pairs, of which one is another thread's
+    if (splits)
+        each_block(format, page, slot / pair, d, [](uint8_t* at, size_t, size_t width) {
+            for (size_t i = 0; i < width; ++i) reinterpret_cast<uint16_t*>(at)[2 * i + 1] = 0;
+        });
+    const size_t row = slot / pair + splits, n_rows = kPage / pair - row;
+    each_block(format, page, row, d,
+               [&](uint8_t* at, size_t, size_t width) { std::memset(at, 0, n_rows * width * pair * element); });
 }

@@ -109,17 +109,15 @@ class TiledAttention {
     // Positions [begin, end) of the text, which lie between two multiples of kTogether; begin is that of a page.
     void add(size_t begin, size_t end) {
         n_pages_ = (end - begin + kPage - 1) / kPage;
-        for (size_t i = 0; i < n_pages_; ++i) pages_[i] = page_at(begin + i * kPage);
-        next_page_ = end < a_.end_ahead ? page_at(end) : nullptr;
+        for (size_t i = 0; i < n_pages_; ++i) pages_[i] = a_.page_at(begin + i * kPage);
+        next_page_ = end < a_.end_ahead ? a_.page_at(end) : nullptr;
         for (size_t i = 0; i < a_.n_queries; ++i) {
             seen_begin_[i] = std::clamp(a_.first[i], begin, end) - begin;
             seen_end_[i] = std::clamp(a_.n_positions[i], begin, end) - begin;
         }
         for (size_t page = 0; page < n_pages_; ++page) score_page(page);
         find_highest();
-        const size_t n_tiles = dp_ / 16, n_passes = (n_tiles + 3) / 4;
-        for (size_t pass = 0; pass < n_passes; ++pass)
-            add_values(pass * n_tiles / n_passes, (pass + 1) * n_tiles / n_passes, pass == 0);
+        for (size_t first = 0; first < dp_; first += KvPage::kBlock) add_values(first);
         is_first_ = false;
     }
 
@@ -136,18 +134,20 @@ class TiledAttention {
     // The first pair of dimensions of a product. The last product of a head begins early where a whole tile from there
     // on would pass the head's end: it repeats what the one before took in, times zeros.
     size_t first_pair(size_t product) const { return std::min(product * 16, at_.key_rows - 16); }
-    const uint8_t* page_at(size_t position) const {
-        return a_.pages + static_cast<size_t>(a_.page_table[position / kPage]) * a_.page_stride;
-    }
     // 32 positions each, from the first that anybody sees to the last.
     size_t first_half() const { return seen_begin_[0] / kHalf; }
     size_t last_half() const { return (seen_end_[a_.n_queries - 1] + kHalf - 1) / kHalf; }
     float* scores_of(size_t query) { return reinterpret_cast<float*>(scratch_ + at_.scores) + query * kTogether; }
-    // 32 positions' values as the page has them.
-    const uint8_t* stored_values(size_t half) const {
-        return pages_[half / 2] + KvPage::values_offset(F, a_.d) + half % 2 * kHalfBytes * dp_;
+    // 32 positions' values as the page has them, of the block that begins at dimension `first`.
+    const uint8_t* stored_values(size_t half, size_t first) const {
+        return pages_[half / 2] + KvPage::block_offset(F, a_.d, first) +
+               half % 2 * kHalfBytes * KvPage::block_width(a_.d, first);
     }
     static constexpr size_t kHalfBytes = kHalf * KvPage::element_bytes(F);  // of one dimension
+    // The half of a page's values that is asked for before its first or second 32 positions are taken.
+    const uint8_t* half_of_values(size_t half) const {
+        return pages_[half / 2] + KvPage::values_offset(F, a_.d) + half % 2 * kHalfBytes * dp_;
+    }
 
     // Query i times the scale, and log2(e) so that powers of two are taken.
     void pack_query(size_t i) {
@@ -178,14 +178,18 @@ class TiledAttention {
         return to;
     }
     void widen_values(size_t half) {
-        const uint8_t* from = stored_values(half);
-        for (size_t row = 0; row < kHalf; row += 2)
-            for (size_t d = 0; d < dp_; d += 16)
-                _mm512_storeu_si512(scratch_ + at_.values + ((half * kHalf + row) * dp_ + 2 * d) * 2,
-                                    interleaved(from + row * dp_ + d, from + (row + 1) * dp_ + d));
+        for (size_t first = 0; first < dp_; first += KvPage::kBlock) {
+            const size_t width = KvPage::block_width(a_.d, first);
+            const uint8_t* from = stored_values(half, first);
+            uint8_t* to = scratch_ + widened(half, first);
+            for (size_t row = 0; row < kHalf; row += 2, from += 2 * width)
+                for (size_t d = 0; d < width; d += 16, to += 64)
+                    _mm512_storeu_si512(to, interleaved(from + d, from + width + d));
+        }
     }
-    const uint8_t* tiled_values(size_t half) const {
-        return F == KvFormat::int8 ? scratch_ + at_.values + half * kHalf * dp_ * 2 : stored_values(half);
+    size_t widened(size_t half, size_t first) const { return at_.values + kHalf * 2 * (half * dp_ + first); }
+    const uint8_t* tiled_values(size_t half, size_t first) const {
+        return F == KvFormat::int8 ? scratch_ + widened(half, first) : stored_values(half, first);
     }
     template <int T>
     static void load_page_tile(const uint8_t* at, size_t stride) {
@@ -206,7 +210,7 @@ class TiledAttention {
         if (page + 1 < n_pages_)
             next_.is(pages_[page + 1], KvPage::values_offset(F, a_.d), 4 * n_products);
         else if (first_half() < last_half())
-            next_.is(stored_values(first_half()), kHalfBytes * dp_, 4 * n_products);
+            next_.is(half_of_values(first_half()), kHalfBytes * dp_, 4 * n_products);
         each_sums(first, last, []<int C>() { tile_zero<C>(); });
         for (size_t product = 0; product < n_products; ++product) {
             tile_load<4>(scratch_ + product * kTileRowBytes, n_products * kTileRowBytes);
@@ -265,7 +269,7 @@ class TiledAttention {
     void weigh(size_t half) {
         if constexpr (F == KvFormat::int8) widen_values(half);
         if (half + 1 < last_half())
-            next_.is(stored_values(half + 1), kHalfBytes * dp_, a_.n_queries);
+            next_.is(half_of_values(half + 1), kHalfBytes * dp_, a_.n_queries);
         else
             next_.is(next_page_, next_page_ ? KvPage::values_offset(F, a_.d) : 0, a_.n_queries);
         for (size_t i = 0; i < a_.n_queries; ++i) {
@@ -288,21 +292,21 @@ class TiledAttention {
     }
     uint8_t* weights_at(size_t half) { return scratch_ + at_.scores + half * kTileRowBytes; }
 
-    // Weights times values, of dimensions [16 begin, 16 end), at most 64.
-    void add_values(size_t begin, size_t end, bool makes_weights) {
-        const size_t stride = attend_partial_floats(a_.d) * sizeof(float);
-        each_sums(0, end - begin,
-                  [&]<int C>() { is_first_ ? tile_zero<C>() : tile_load<C>(a_.partial + 16 * (begin + C), stride); });
+    // Weights, which the first block makes, times values of the block of dimensions that begins at `first`.
+    void add_values(size_t first) {
+        const size_t stride = attend_partial_floats(a_.d) * sizeof(float), width = KvPage::block_width(a_.d, first);
+        float* sums = a_.partial + first;
+        each_sums(0, width / 16, [&]<int C>() { is_first_ ? tile_zero<C>() : tile_load<C>(sums + 16 * C, stride); });
         for (size_t half = first_half(); half < last_half(); ++half) {
-            if (makes_weights) weigh(half);
+            if (first == 0) weigh(half);
             tile_load<4>(weights_at(half), kScoreRowBytes);
-            const uint8_t* rows = tiled_values(half) + begin * kTileRowBytes;
-            each_sums(0, end - begin, [&]<int C>() {
-                load_page_tile<kTileB<C>>(rows + C * kTileRowBytes, dp_ * 4);
+            const uint8_t* rows = tiled_values(half, first);
+            each_sums(0, width / 16, [&]<int C>() {
+                load_page_tile<kTileB<C>>(rows + C * kTileRowBytes, width * 4);
                 tile_dot<C, 4, kTileB<C>>();
             });
         }
-        each_sums(0, end - begin, [&]<int C>() { tile_store<C>(a_.partial + 16 * (begin + C), stride); });
+        each_sums(0, width / 16, [&]<int C>() { tile_store<C>(sums + 16 * C, stride); });
     }
 
     const AttendArgs& a_;

@@ -4,8 +4,8 @@
 //   kLanes floats a Vec; load and store need no alignment; fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b.
 //   add_pairs adds the products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in an
 //   order of its own. exp is within 2 units in the last place for x <= 0 (all it is used for), and exp(-87) = 1.6e-38
-//   below -87. store_pair_order rounds 32 floats to bfloat16, in kPairOrder; subnormals may become zero, as which the
-//   products take them.
+//   below -87. store_bf16 rounds 2 kLanes floats to bfloat16, store_pair_order 32 of them in kPairOrder; subnormals may
+//   become zero, as which the products take them.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -53,6 +53,9 @@ inline void store_half(uint16_t* p, Vec v) {
 inline Vec load_bf16(const uint16_t* p) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+inline void store_bf16(void* to, const float* x) {
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x))));
 }
 inline void store_pair_order(uint16_t* to, const float* x) {
     const __m512i words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x)));
@@ -156,7 +159,7 @@ inline float largest(Vec v) { return v; }
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; r in two steps (Cody and Waite), exp(r) by its Taylor
 // polynomial of degree 7, whose remainder is below 2^-24 exp(r) there.
 inline Vec exp(Vec x) {
-    x = max(x, set1(-87.0f));
+    x = max(set1(-87.0f), x);  // in this order what is not a number stays so
     const Vec n = round_even(mul(x, set1(1.44269504f)));
     const Vec r = fnma(n, set1(-2.12194440e-4f), fnma(n, set1(0.693359375f), x));
     Vec y = set1(1.0f / 5040);
@@ -168,6 +171,11 @@ inline Vec exp(Vec x) { return std::exp(x); }
 #endif
 
 #if !defined(__AVX512F__)
+inline void store_bf16(void* to, const float* x) {
+    uint16_t words[2 * kLanes];
+    for (size_t i = 0; i < 2 * kLanes; ++i) words[i] = to_bf16(x[i]);
+    std::memcpy(to, words, sizeof(words));
+}
 inline void store_pair_order(uint16_t* to, const float* x) {
     for (size_t i = 0; i < 32; ++i) to[i] = to_bf16(x[i / 8 * 8 + kPairOrder[i % 8]]);
 }

@@ -111,17 +111,40 @@ constexpr std::string_view kKvNames[] = {"bf16", "int8", "f32"};
 //          products and AMX tiles of bfloat16 take them
 //   int8   keys (D, 64), values (64, Dp), then 64 float32 key scales, 64 value scales
 //   f32    keys (D, 64), values (64, Dp)
+// Values lie in blocks of 64 dimensions, one behind the other, which are what a kernel sums at a time: so it reads a
+// page from its first byte to its last, which is what hardware prefetchers follow.
 // Whoever stores the first positions of a page clears those after: it holds nothing but what its sequence wrote.
 struct KvPage {
     static constexpr size_t element_bytes(KvFormat f) { return f == KvFormat::f32 ? 4 : f == KvFormat::bf16 ? 2 : 1; }
     static constexpr size_t padded(size_t d) { return (d + 15) / 16 * 16; }
     static constexpr size_t values_offset(KvFormat f, size_t d) { return (d + d % 2) * kPage * element_bytes(f); }
+    static constexpr size_t kBlock = 64;                           // dimensions
+    static constexpr size_t block_width(size_t d, size_t first) {  // of the block of values that begins at `first`
+        return padded(d) - first < kBlock ? padded(d) - first : kBlock;
+    }
+    static constexpr size_t block_offset(KvFormat f, size_t d, size_t first) {
+        return values_offset(f, d) + first * kPage * element_bytes(f);
+    }
     static constexpr size_t scales_offset(KvFormat f, size_t d) {
         return values_offset(f, d) + padded(d) * kPage * element_bytes(f);
     }
     static constexpr size_t bytes(KvFormat f, size_t d) {
         const size_t scales = f == KvFormat::int8 ? 2 * kPage * sizeof(float) : 0;
         return (scales_offset(f, d) + scales + 63) / 64 * 64;
+    }
+};
+
+// Where a rank's pages of a layer lie: in runs, and in a run the pages of one KV head behind each other. A text that took
+// its pages in order is then read, head by head, as a stream that jumps once in half a megabyte; and a head's pages
+// spread over all sets of a cache. The last run is as long as pages are left.
+struct KvRuns {
+    static constexpr size_t kRunBytes = 512 * 1024;  // of one head
+    size_t n_pages, n_heads, page_bytes;
+    size_t bytes() const { return n_pages * n_heads * page_bytes; }
+    size_t offset(size_t page, size_t head) const {
+        const size_t most = page_bytes < kRunBytes ? kRunBytes / page_bytes : 1, first = page / most * most;
+        const size_t run = n_pages - first < most ? n_pages - first : most;
+        return (first * n_heads + head * run + page - first) * page_bytes;
     }
 };
 
@@ -133,9 +156,10 @@ struct AttendArgs {
     const float* q[kAttendQueries];      // (D) each, rotated
     size_t first[kAttendQueries];        // query i sees positions first[i] .. n_positions[i] - 1, at least one;
     size_t n_positions[kAttendQueries];  // both ascend
-    const uint8_t* pages;                // the head's first page of this layer, in the kernel's format
-    size_t page_stride;                  // bytes from page to page
-    const int32_t* page_table;           // position p lies in page page_table[p / kPage]
+    const uint8_t* pages;                // of this layer, in the kernel's format
+    KvRuns runs;                         // where they lie
+    size_t kv_head;
+    const int32_t* page_table;  // position p lies in page page_table[p / kPage]
     size_t begin, end;  // the chunk's positions, or those from the page on that the first query sees first; begin is
                         // a multiple of kPage, end at most what the last query sees
     size_t end_ahead;   // pages before this position may be prefetched
@@ -143,6 +167,10 @@ struct AttendArgs {
     float scale;     // of the scores
     float* partial;  // out: a Partial of each query, one after another
     float* scratch;  // attend_scratch_floats(d), 64-byte aligned
+
+    const uint8_t* page_at(size_t position) const {
+        return pages + runs.offset(static_cast<size_t>(page_table[position / kPage]), kv_head);
+    }
 };
 // What a chunk leaves of a query: Dp sums of exp(score - highest) * value, then highest, then the sum of
 // exp(score - highest), which is 0 where the query saw none of the chunk.

@@ -33,16 +33,17 @@ constexpr size_t kMargin = 4096;  // bytes before an operand that are watched
 class Text {
   public:
     Text(KvFormat format, size_t d, const Case& of, float size) : args_{}, of_(of), d_(d) {
-        const size_t stride = KvPage::bytes(format, d), n_pages = (of.n_positions + kPage - 1) / kPage;
-        uint8_t* const pages = kPages.last(n_pages * stride);
-        std::memset(pages, 0xFF, n_pages * stride);
+        const KvRuns runs{(of.n_positions + kPage - 1) / kPage, 1, KvPage::bytes(format, d)};
+        const size_t n_pages = runs.n_pages;
+        uint8_t* const pages = kPages.last(runs.bytes());
+        std::memset(pages, 0xFF, runs.bytes());
         Random random(d * 1000 + of.n_positions);
         static float key[256], value[256];
         for (size_t page = 0; page < n_pages; ++page) table_[page] = static_cast<int32_t>(n_pages - 1 - page);
         for (size_t p = 0; p < of.n_positions; ++p) {
             for (size_t i = 0; i < d; ++i) key[i] = random.normal() * size, value[i] = random.normal();
-            kRowsAvx512.kv_store(format, pages + static_cast<size_t>(table_[p / kPage]) * stride, p % kPage, d, key,
-                                 value);
+            kRowsAvx512.kv_store(format, pages + runs.offset(static_cast<size_t>(table_[p / kPage]), 0), p % kPage, d,
+                                 key, value);
         }
         kRowsAvx512.kv_clear(format, pages, (of.n_positions - 1) % kPage + 1, d);
         auto* const q = reinterpret_cast<float*>(kQueries.last(of.n * d * sizeof(float)));
@@ -55,7 +56,7 @@ class Text {
             args_.n_positions[i] = sees;
         }
         args_.pages = pages;
-        args_.page_stride = stride;
+        args_.runs = runs;
         args_.page_table = table_;
         args_.end_ahead = of.n_positions;
         args_.d = d;

@@ -302,6 +302,7 @@ MemoryMap Program::memory_map() const {
 }
 
 std::map<std::string, std::string> Program::kernels(size_t m, RowClass row_class) const {
+    if (m == 0) throw std::invalid_argument("no kernel serves no rows");
     std::map<std::string, std::string> names;
     for (const auto& w : weights_)
         names[std::string(kFormatNames[static_cast<size_t>(w->format)])] =

@@ -19,7 +19,7 @@ from fourfold.bench import limits
 from fourfold.chat_template import ChatTemplate
 from fourfold.checkpoint import open_source
 from fourfold.conversion import convert
-from fourfold.engine import Engine
+from fourfold.engine import Engine, Feed
 from fourfold.errors import ResourceError, RuntimeFailure, UserError
 from fourfold.llm import LLM
 from fourfold.profile import MARK, PHASES, Profile, Work
@@ -177,6 +177,17 @@ def test_recording_changes_no_bit_and_ends(engine: Engine) -> None:
         for ours, theirs in zip(logits, before, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert n_steps == len(found.kept) == 3
+
+
+def test_a_step_without_logits_is_recorded(engine: Engine) -> None:
+    """As the first steps of a prompt that takes several are."""
+    sequence = engine.new_sequence()
+    with engine.profile() as found:
+        engine.step([Feed(sequence, list(range(20)), 0)], tokens="many", outputs="few")
+    engine.free(sequence)
+    assert found.kept[0].kernels.keys() == {20}
+    with pytest.raises(ValueError, match="no rows"):
+        engine.kernels(0)
 
 
 def test_one_profile_at_a_time(engine: Engine) -> None:

@@ -242,8 +242,8 @@ class Engine:
         except _core.StallError as error:
             raise RuntimeFailure(str(error)) from None
         if self._profile is not None:
-            kernels = {len(wanted): dict(program.kernels(len(wanted), outputs_class))}
-            kernels[len(tokens)] = dict(program.kernels(len(tokens), tokens_class))
+            rows_of = {len(wanted): outputs_class, len(tokens): tokens_class}
+            kernels = {n: dict(program.kernels(n, of_class)) for n, of_class in rows_of.items() if n}
             marks = tuple(np.frombuffer(program.marks(*thread), MARK) for thread in self._profile.threads)
             work = Work.of_step(len(tokens), len(wanted), int(rows[0, 1]), self.config.sliding_window)
             self._profile.add(StepFacts(called, returned, work, kernels, marks))

@@ -177,7 +177,7 @@ def config_of(path: Path) -> ModelConfig:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-@pytest.mark.parametrize("model", models.CONFIGS)
+@pytest.mark.parametrize("model", GGUF)
 def test_a_gguf_file_has_the_logits_of_the_directory_with_its_weights(tmp_path: Path, model: str, kind: str) -> None:
     def as_stored(weight: Any) -> Any:
         if kind == "F32" or weight.ndim == 1 or weight.shape[1] % 32:

@@ -164,6 +164,14 @@ def test_gemma3_in_old_words_and_in_new() -> None:
     assert model_config(GEMMA3_1B | {"torch_dtype": "float16"}).embed_scale == float(np.float16(math.sqrt(1152)))
 
 
+def test_gemma3s_global_layers_may_be_any() -> None:
+    kinds = {None: "full_attention", 512: "sliding_attention"}
+    for windows in ([None] * 3 + [512] * 23, [512, None, 512, None, None] + [512] * 21, [512] * 26, [None] * 26):
+        config = model_config(GEMMA3_1B | {"layer_types": [kinds[window] for window in windows]})
+        assert [config.window(layer) for layer in range(26)] == windows
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
     c = model_config(GEMMA3_27B)
     assert (c.model_type, c.vocab_size, c.rope_scaling, c.max_context) == ("gemma3", 262208, LinearScaling(8.0), 131072)
@@ -174,7 +182,6 @@ def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        (QWEN3_06B | {"use_sliding_window": True}, "use_sliding_window"),
         (QWEN3_06B | {"attention_bias": True}, "attention_bias"),
         (QWEN3_06B | {"layer_types": ["sliding_attention"] * 28}, "layer_types"),
         (QWEN3_06B | {"model_type": "qwen3_moe"}, "'qwen3_moe'"),
@@ -189,7 +196,7 @@ def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
         (GEMMA3_1B | {"hidden_activation": "gelu"}, "hidden_activation"),
         (GEMMA3_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA3_1B | {"torch_dtype": "float8"}, "dtype to 'float8'"),
-        (GEMMA3_1B | {"layer_types": ["full_attention"] * 25 + ["sliding_attention"]}, "layer_types so that"),
+        (GEMMA3_1B | {"layer_types": ["chunked_attention"] * 26}, "'chunked_attention' among layer_types"),
         (GEMMA3_1B | {"rope_parameters": {}}, "rope_local_base_freq: rope_parameters is there too"),
         (GEMMA3_27B | {"text_config": GEMMA3_27B["text_config"] | {"a_key": 1}}, "text_config, sets a_key"),
         (GEMMA3_27B | {"audio_config": {}}, "audio_config"),

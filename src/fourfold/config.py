@@ -86,6 +86,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # of the embedding's rows where they are looked up
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    image_ids: tuple[int, ...] = ()  # that stand for images, and so for nothing here: refused in a prompt
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of this layer sees, its own included; None where it sees all before it."""
@@ -109,6 +110,6 @@ class ModelConfig:
                 key: tuple(value) if isinstance(value, list) else value for key, value in scaling.items()
             }
             fields["rope_scaling"] = scaling_kind(values)(**values)
-        for key in ("eos_ids", "global_layers"):
+        for key in ("eos_ids", "global_layers", "image_ids"):
             fields[key] = tuple(fields.get(key, ()))
         return cls(**fields)

@@ -43,6 +43,7 @@ _YUAN_LATER = """
     attention_projection_size use_moe moe_config num_experts num_local_experts num_experts_per_tok router_type
     per_layer_experts_blocks rotary_percent output_router_logits num_key_value_heads head_dim rope_scaling
     rotary_base use_yarn use_rope_scaling use_lfa_bias llm_config vision_config"""
+_GEMMA3_IMAGE_IDS = {"boi": 255999, "eoi": 256000, "image": 262144}  # where a file is silent
 LATER_FAMILIES = "it belongs to Yuan2-M32 and Yuan 3.0, and for now fourfold runs the dense Yuan 2.0 models only"
 
 
@@ -193,18 +194,30 @@ def _llama_like(
 
 
 def _gemma3(f: Fields) -> ModelConfig:
-    """The text part of a model that also sees: its images are nothing that fourfold takes."""
+    """The text part of a model that also sees. Its images are nothing that fourfold takes, and so are their tokens."""
     text = f.fields("text_config")
     text.only("model_type", "gemma3_text")
     text.only("architectures", ["Gemma3ForCausalLM"], ["Gemma3TextModel"])
     _decodes_alone(text)
     f.only("tie_word_embeddings", text.flag("tie_word_embeddings", True))
     f.ignore("vision_config", "mm_tokens_per_image")
-    f.ignore(*(f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("index", "id")))
     dtype = f.text("dtype", f.text("torch_dtype", ""))
     config = _gemma3_text(text, dtype)
     text.finish(_harmless())
-    return replace(config, eos_ids=f.ids("eos_token_id") or config.eos_ids)
+    image_ids = [_image_id(f, kind, default) for kind, default in _GEMMA3_IMAGE_IDS.items()]
+    return replace(
+        config,
+        eos_ids=f.ids("eos_token_id") or config.eos_ids,
+        image_ids=tuple(sorted({i for i in image_ids if i < config.vocab_size})),
+    )
+
+
+def _image_id(f: Fields, kind: str, default: int) -> int:
+    """Which has one name in older files and another in newer ones."""
+    found = [i for name in ("index", "id") for i in f.ids(f"{kind}_token_{name}")]
+    if len(set(found)) > 1:
+        raise CheckpointError(f"{f.where} sets {kind}_token_index and {kind}_token_id to different tokens")
+    return found[0] if found else default
 
 
 def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:

@@ -34,6 +34,7 @@ from fourfold.checkpoint.coded import CodedTensor
 from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.evaluate import evaluate
+from fourfold.progress import note
 from fourfold.tokenizer import Tokenizer
 from peers.install import reason
 
@@ -98,6 +99,7 @@ def calibrated(
                 target = Path(folder, name)
                 make(source, target, RECIPES[name], [tokenizer.encode(p) for p in paragraphs], ids[:PROBE])
                 rows[name] = compare(target, ids[:PROBE]) | _measure(target, RECIPES[name], ids, reference)
+                note(f"{name}: the KL divergence is {rows[name]['kept']['kl_mean']:.3f}")  # the rest may take an hour
     _show(rows)
     if as_json:
         print(json.dumps({"model": model, "texts": len(paragraphs), "files": rows}))

@@ -19,14 +19,13 @@ from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import platformdirs
 import typer
 from rich.console import Console
 from rich.table import Table
 
+import unquantized
 from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
-from fourfold.locate import source_path
 from fourfold.machine import plan_ranks, read_machine
 from fourfold.tokenizer import Tokenizer
 from peers.worker import PeerFailed, Worker
@@ -39,10 +38,6 @@ TOKENS = {"decode": 1, "prompt": 512}  # in the seconds of a turn
 WINDOW, N_WINDOWS = 256, 64  # tokens, texts of the KL divergence
 SECONDS = 600.0  # of patience
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-LLAMA_1B = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": False,
-}  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,7 +59,7 @@ def compare(
     chosen = methods.split(",")
     if unknown := sorted(set(chosen) - set(METHODS)):
         raise UserError(f"there is no method {', '.join(unknown)}; choose among {', '.join(METHODS)}")
-    directory = _directory(model, (cache or Path(platformdirs.user_cache_dir("fourfold"))) / "transformers")
+    directory = unquantized.directory(model, cache)
     cpus = ",".join(str(cpu) for cpu in plan_ranks(read_machine(), 1, threads)[0].cpus)
     with TemporaryDirectory() as scratch:
         subject: dict[str, Any] = {"directory": str(directory), "vocab_size": _vocabulary(directory)}
@@ -114,37 +109,6 @@ def _write_reference(directory: Path, text: Path | None, folder: Path, cpus: str
 
 def _worker(method: str, logs: Path, cpus: str) -> Worker:
     return Worker([sys.executable, str(WORKER), cpus, method], logs / f"{method}.log", OFFLINE)
-
-
-def _directory(model: str, cache: Path) -> Path:
-    """The unquantized checkpoint of that name, in bfloat16, made where it is not there yet."""
-    if model not in ("smollm2", "llama-1b"):
-        return Path(model)
-    directory = cache / model
-    if not directory.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / model
-            _make(model, made)
-            made.rename(directory)
-    return directory
-
-
-def _make(model: str, directory: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
-
-    if model == "llama-1b":
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
-    else:
-        gguf = source_path("smollm2")
-        plain = GgufConfig(gguf_file=gguf.name, dequantize=True)
-        made = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
-        )
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-    made.save_pretrained(directory)
 
 
 def _vocabulary(directory: Path) -> int:

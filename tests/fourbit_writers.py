@@ -69,47 +69,63 @@ def bnb(
 
 
 def integers(
-    shape: tuple[int, int], group: int, seed: int, zero: int | None = 8
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.float32]]:
-    """Codes (N, K), zero points (N, K/G), all of them `zero` or, where it is None, any; float16 scales; the values."""
+    shape: tuple[int, int], group: int, seed: int, zero: int | None = 8, *, shuffled: bool = False
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.int32]]:
+    """Codes (N, K); zero points (N, K/G), all of them `zero` or, where it is None, any; float16 scales (N, K/G).
+
+    And the group of each input, (K,): K/G is rounded up, and inputs lie in order unless they are shuffled.
+    """
     rng = np.random.default_rng(seed)
     n, k = shape
     codes = rng.integers(0, 16, shape)
-    zeros = rng.integers(0, 16, (n, k // group)) if zero is None else np.full((n, k // group), zero)
-    scales = rng.uniform(0.002, 0.02, (n, k // group)).astype(np.float16)
-    by_input = (np.repeat(a, group, axis=1) for a in (zeros, scales.astype(np.float32)))
-    at, of = by_input
-    return codes, zeros, scales, (codes - at).astype(np.float32) * of
+    n_groups = -(-k // group)
+    zeros = rng.integers(0, 16, (n, n_groups)) if zero is None else np.full((n, n_groups), zero)
+    scales = rng.uniform(0.002, 0.02, (n, n_groups)).astype(np.float16)
+    of_input = (np.arange(k) // group).astype(np.int32)
+    return codes, zeros, scales, rng.permutation(of_input) if shuffled else of_input
+
+
+def meant(codes: NDArray[Any], zeros: NDArray[Any], scales: NDArray[Any], of_input: NDArray[Any]) -> NDArray[Any]:
+    """The values (N, K)."""
+    return (codes - zeros[:, of_input]).astype(np.float32) * scales[:, of_input].astype(np.float32)
 
 
 def gptq(
-    module: str, shape: tuple[int, int], seed: int, *, group: int = 128, zero: int | None = 8, version: int = 1
+    module: str,
+    shape: tuple[int, int],
+    seed: int,
+    *,
+    group: int = 128,
+    zero: int | None = 8,
+    version: int = 1,
+    shuffled: bool = False,
 ) -> Written:
-    codes, zeros, scales, values = integers(shape, min(group, shape[1]), seed, zero)
+    codes, zeros, scales, of_input = integers(shape, min(group, shape[1]), seed, zero, shuffled=shuffled)
     tensors: Tensors = {
         f"{module}.qweight": np.ascontiguousarray(words(codes).T),
         f"{module}.qzeros": words(np.ascontiguousarray(zeros.T) - (version == 1)),
         f"{module}.scales": np.ascontiguousarray(scales.T),
-        f"{module}.g_idx": (np.arange(shape[1]) // min(group, shape[1])).astype(np.int32),
+        f"{module}.g_idx": of_input,
     }
-    return tensors, values
+    return tensors, meant(codes, zeros, scales, of_input)
 
 
 def awq(module: str, shape: tuple[int, int], seed: int, *, group: int = 128, zero: int | None = None) -> Written:
-    codes, zeros, scales, values = integers(shape, min(group, shape[1]), seed, zero)
+    codes, zeros, scales, of_input = integers(shape, min(group, shape[1]), seed, zero)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     tensors: Tensors = {
         f"{module}.qweight": words(np.ascontiguousarray(codes.T), order),
         f"{module}.qzeros": words(np.ascontiguousarray(zeros.T), order),
         f"{module}.scales": np.ascontiguousarray(scales.T),
     }
-    return tensors, values
+    return tensors, meant(codes, zeros, scales, of_input)
 
 
-def compressed(module: str, shape: tuple[int, int], seed: int, *, group: int = 128, zero: int | None = 8) -> Written:
-    codes, zeros, scales, _ = integers(shape, min(group, shape[1]), seed, zero)
+def compressed(
+    module: str, shape: tuple[int, int], seed: int, *, group: int = 128, zero: int | None = 8, shuffled: bool = False
+) -> Written:
+    codes, zeros, scales, of_input = integers(shape, min(group, shape[1]), seed, zero, shuffled=shuffled)
     scales = scales.astype(ml_dtypes.bfloat16)
-    at, of = (np.repeat(a, min(group, shape[1]), axis=1) for a in (zeros, scales.astype(np.float32)))
     tensors: Tensors = {
         f"{module}.weight_packed": words(codes),
         f"{module}.weight_scale": scales,
@@ -118,7 +134,9 @@ def compressed(module: str, shape: tuple[int, int], seed: int, *, group: int = 1
     if zero is None:
         filled = np.concatenate([zeros, np.zeros((-shape[0] % 8, zeros.shape[1]), zeros.dtype)])
         tensors[f"{module}.weight_zero_point"] = np.ascontiguousarray(words(np.ascontiguousarray(filled.T)).T)
-    return tensors, (codes - at).astype(np.float32) * of
+    if shuffled:
+        tensors[f"{module}.weight_g_idx"] = of_input
+    return tensors, meant(codes, zeros, scales, of_input)
 
 
 def bnb_config(kind: str = "nf4", nested: bool = True) -> dict[str, Any]:

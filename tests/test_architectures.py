@@ -177,7 +177,7 @@ def config_of(path: Path) -> ModelConfig:
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-@pytest.mark.parametrize("model", models.CONFIGS)
+@pytest.mark.parametrize("model", GGUF)
 def test_a_gguf_file_has_the_logits_of_the_directory_with_its_weights(tmp_path: Path, model: str, kind: str) -> None:
     def as_stored(weight: Any) -> Any:
         if kind == "F32" or weight.ndim == 1 or weight.shape[1] % 32:
@@ -239,6 +239,25 @@ def test_a_llama_in_gguf_that_has_a_window_is_a_mistral(tmp_path: Path) -> None:
     assert (config.model_type, config.sliding_window, config.global_every) == ("mistral", 24, 0)
     without = write_gguf(tmp_path / "model.gguf", "mistral", **{"llama.attention.sliding_window": None})
     assert config_of(without).model_type == "llama"
+
+
+def test_a_llama_in_gguf_of_the_shape_of_mistrals_first_version_says_that_its_window_is_not_there(
+    tmp_path: Path,
+) -> None:
+    """By its metadata: no tensor here has that shape."""
+
+    def notes(**changes: Any) -> tuple[str, ...]:
+        silent: dict[str, Any] = {"llama.attention.sliding_window": None, "llama.rope.dimension_count": 128}
+        shape = {"block_count": 32, "context_length": 32768, "embedding_length": 4096, "feed_forward_length": 14336,
+                 "attention.head_count": 32, "attention.head_count_kv": 8, "rope.freq_base": 10000.0}  # fmt: skip
+        metadata = silent | {f"llama.{key}": value for key, value in shape.items()} | changes
+        with open_source(write_gguf(tmp_path / "model.gguf", "mistral", **metadata)) as source:
+            return source.notes
+
+    (said,) = notes()
+    assert "has the shape of Mistral 7B v0.1, whose layers see 4096 positions; it does not say so" in said
+    assert notes(**{"llama.rope.freq_base": 1e6}) == ()  # v0.2 and v0.3 have no window
+    assert notes(**{"llama.attention.sliding_window": 4096}) == ()
 
 
 @pytest.mark.parametrize(

@@ -213,12 +213,24 @@ def test_matrices_of_one_linear_may_have_several_formats(tmp_path: Path, monkeyp
 def test_codes_that_no_format_holds_are_refused_by_name_and_taken_where_one_is_named(tmp_path: Path) -> None:
     path, meant = writers.checkpoint(tmp_path / "model", writers.gptq_config(32), lambda *a: writers.gptq(*a, group=32))
     with pytest.raises(
-        UnsupportedError, match=r"self_attn.q_proj.weight, GPTQ int4, has one scale for 32 .*--format nf4"
+        UnsupportedError, match=r"self_attn.q_proj.weight, GPTQ int4, has one scale for 32 .*--format int8"
     ):
         converted(path)
     directory, _ = converted(path, "int4")
     q = unpacked(directory)["model.layers.0.self_attn.q_proj.weight"]
     assert rms(q - meant["model.layers.0.self_attn.q_proj.weight"]) < 0.12 * rms(q)
+
+
+def test_act_order_is_refused_by_name_and_hardly_loses_as_int8(tmp_path: Path) -> None:
+    config = writers.gptq_config(64) | {"desc_act": True}
+    path, meant = writers.checkpoint(tmp_path / "model", config, lambda *a: writers.gptq(*a, group=64, shuffled=True))
+    with pytest.raises(
+        UnsupportedError, match=r"q_proj.weight, GPTQ int4, has inputs in another order .*--format int8"
+    ):
+        converted(path)
+    directory, _ = converted(path, "int8")
+    q = unpacked(directory)["model.layers.0.self_attn.q_proj.weight"]
+    assert rms(q - meant["model.layers.0.self_attn.q_proj.weight"]) < 0.02 * rms(q)
 
 
 def test_a_scale_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:

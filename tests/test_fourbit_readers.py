@@ -29,6 +29,11 @@ SCHEMES: dict[str, tuple[dict[str, Any], Callable[..., Written], tuple[str, ...]
     "FP4, nested": (writers.bnb_config("fp4"), lambda *a: writers.bnb(*a, kind="fp4"), ("fp4_bnb",)),
     "GPTQ": (writers.gptq_config(), writers.gptq, ("int4", "uint4", "int8")),
     "GPTQ, groups of 64": (writers.gptq_config(64), lambda *a: writers.gptq(*a, group=64), ("int4", "uint4", "int8")),
+    "GPTQ, a last group of fewer inputs": (
+        writers.gptq_config(192),
+        lambda *a: writers.gptq(*a, group=192),
+        ("int4", "uint4", "int8"),
+    ),
     "GPTQ, one scale an output": (
         writers.gptq_config(-1),
         lambda *a: writers.gptq(*a, group=1 << 30),
@@ -247,7 +252,8 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(bits=8), "bits to 8"),
     ("GPTQ", option(checkpoint_format="marlin"), "checkpoint_format to 'marlin'"),
     ("GPTQ", option(group_size=0), "group_size to 0"),
-    ("GPTQ", option(group_size=96), "groups of 96 do not divide evenly"),
+    ("GPTQ", option(group_size=96), "down_proj.scales should be float16"),
+    ("AWQ", option(group_size=96), "groups of 96 do not divide evenly"),
     ("GPTQ", option(group_size=2**31), "group_size"),
     ("GPTQ", option(group_size="all"), "group_size"),
     ("GPTQ", option(group_size=64), r"scales should be float16 or bfloat16 or float32 \(4, 128\)"),
@@ -255,7 +261,9 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("GPTQ", option(meta="gptqmodel"), "meta to 'gptqmodel'; it must be an object"),
     ("GPTQ", option(dynamic={"up_proj": {"bits": 8}}), "dynamic"),
     ("GPTQ", option(rotation="hadamard"), "rotation: fourfold does not know this key"),
-    ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), r"q_proj.g_idx deals the inputs out .*\(desc_act\)"),
+    ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: (t + 1) % 2), "q_proj.g_idx does not deal 128 inputs out to groups"),
+    ("GPTQ, groups of 64", tensor(f"{MODULE}.g_idx", lambda t: t - 1), "g_idx does not deal 128 inputs out to groups"),
+    ("GPTQ, groups of 64", tensor(f"{MODULE}.g_idx", lambda t: t * 0), "g_idx does not deal 128 inputs out to groups"),
     ("GPTQ", tensor(f"{MODULE}.g_idx", lambda t: t[:-1]), "g_idx should be int32"),
     (
         "GPTQ, groups of 64",
@@ -292,7 +300,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     (
         "compressed-tensors",
         lambda q, t: t.update({f"{MODULE}.weight_g_idx": np.arange(128, dtype=np.int32)[::-1] // 64}),
-        r"weight_g_idx deals the inputs out .*\(actorder\)",
+        "weight_g_idx does not deal 128 inputs out to groups of 128",
     ),
     ("compressed-tensors, groups of 64", of_weights(actorder="group"), r"lacks .*weight_g_idx, .*\(actorder\); use"),
     ("compressed-tensors, groups of 64", of_weights(actorder=True), r"lacks .*weight_g_idx, .*\(actorder\); use"),
@@ -310,6 +318,33 @@ def test_what_is_not_read_is_refused_by_name(scheme: str, change: Change, senten
     with pytest.raises((CheckpointError, UnsupportedError), match=sentence) as refusal:
         open_source(changed(path, change))
     assert "\n" not in str(refusal.value)
+
+
+SHUFFLED: dict[str, tuple[dict[str, Any], Callable[..., Written]]] = {
+    "GPTQ": (
+        writers.gptq_config(64, sym=False) | {"desc_act": True},
+        lambda *a: writers.gptq(*a, group=64, zero=None, shuffled=True),
+    ),
+    "GPTQ, a last group of fewer inputs": (
+        writers.gptq_config(192) | {"desc_act": True},
+        lambda *a: writers.gptq(*a, group=192, shuffled=a[1][1] > 192),
+    ),
+    "compressed-tensors": (
+        writers.compressed_config(64),
+        lambda *a: writers.compressed(*a, group=64, shuffled=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("scheme", SHUFFLED)
+def test_inputs_in_another_order_than_their_groups_have_no_format_that_holds_them(scheme: str, tmp_path: Path) -> None:
+    path, meant = writers.checkpoint(tmp_path / "model", *SHUFFLED[scheme])
+    with open_source(path) as source:
+        tensor = coded(source, DOWN)
+        np.testing.assert_array_equal(tensor.rows(3, 21), meant[DOWN][3:21])
+        assert tensor.formats == ()
+        assert tensor.fault is not None
+        assert tensor.fault.startswith("has inputs in another order than that of their groups")
 
 
 IN_ORDER: list[tuple[str, Change]] = [

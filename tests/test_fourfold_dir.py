@@ -293,6 +293,9 @@ LONG = {"short": [1.0] * 16, "long": [2.0] * 16, "original_context": 32, "attent
 SENSELESS |= {
     "no window": ({"sliding_window": 0}, "sliding_window is 0, and must be from 1"),
     "global layers every -1": ({"global_every": -1}, "global_every is -1, and must be from 0"),
+    "a global layer too many": ({"global_layers": [0, 9]}, "global_layers must be in order, each once, and from 0 to"),
+    "global layers in disorder": ({"global_layers": [1, 0]}, "global_layers must be in order"),
+    "a global layer twice": ({"global_layers": [1, 1]}, "global_layers must be in order"),
     "no scale": ({"embed_scale": 0.0}, "embed_scale is 0.0, and must be a positive number"),
     "a negative scale": ({"attention_scale": -1.0}, "attention_scale is -1.0, and must be a positive number"),
     "no angles": ({"local_rope_theta": 0}, "local_rope_theta is 0, and must be a positive number"),

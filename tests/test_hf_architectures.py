@@ -14,11 +14,13 @@ import pytest
 
 import tiny
 from fourfold.checkpoint import check_complete, open_source
+from fourfold.checkpoint.fourfold_dir import inspect
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.config import LinearScaling, LongRope, ModelConfig
-from fourfold.conversion import convert
+from fourfold.conversion import cached, convert
 from fourfold.engine import Engine
-from fourfold.errors import CheckpointError, UnsupportedError
+from fourfold.errors import CheckpointError, UnsupportedError, UserError
+from fourfold.llm import LLM
 from fourfold.models import weight_specs
 from fourfold.models.shapes import SHAPES
 from goldens import models
@@ -164,6 +166,14 @@ def test_gemma3_in_old_words_and_in_new() -> None:
     assert model_config(GEMMA3_1B | {"torch_dtype": "float16"}).embed_scale == float(np.float16(math.sqrt(1152)))
 
 
+def test_gemma3s_global_layers_may_be_any() -> None:
+    kinds = {None: "full_attention", 512: "sliding_attention"}
+    for windows in ([None] * 3 + [512] * 23, [512, None, 512, None, None] + [512] * 21, [512] * 26, [None] * 26):
+        config = model_config(GEMMA3_1B | {"layer_types": [kinds[window] for window in windows]})
+        assert [config.window(layer) for layer in range(26)] == windows
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
     c = model_config(GEMMA3_27B)
     assert (c.model_type, c.vocab_size, c.rope_scaling, c.max_context) == ("gemma3", 262208, LinearScaling(8.0), 131072)
@@ -171,10 +181,21 @@ def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
     assert (c.attention_scale, c.embed_scale, c.eos_ids) == (168**-0.5, 73.5, (1, 106))
 
 
+def test_gemma3s_tokens_for_images_are_known_by_their_names_or_as_published() -> None:
+    published = (255999, 256000, 262144)
+    newer = {"boi_token_id": 255999, "eoi_token_id": 256000, "image_token_id": 262144}
+    older = {f"{kind}_token_index" for kind in ("boi", "eoi", "image")}
+    for raw in (GEMMA3_27B, without(GEMMA3_27B, *older), without(GEMMA3_27B, *older) | newer):
+        assert model_config(raw).image_ids == published
+    assert model_config(GEMMA3_27B | {"image_token_index": 7}).image_ids == (7, 255999, 256000)
+    assert model_config(GEMMA3_1B).image_ids == ()
+    with pytest.raises(CheckpointError, match="boi_token_index and boi_token_id to different tokens"):
+        model_config(GEMMA3_27B | {"boi_token_id": 3})
+
+
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        (QWEN3_06B | {"use_sliding_window": True}, "use_sliding_window"),
         (QWEN3_06B | {"attention_bias": True}, "attention_bias"),
         (QWEN3_06B | {"layer_types": ["sliding_attention"] * 28}, "layer_types"),
         (QWEN3_06B | {"model_type": "qwen3_moe"}, "'qwen3_moe'"),
@@ -189,7 +210,7 @@ def test_gemma3_that_sees_leaves_most_of_its_text_config_out() -> None:
         (GEMMA3_1B | {"hidden_activation": "gelu"}, "hidden_activation"),
         (GEMMA3_1B | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA3_1B | {"torch_dtype": "float8"}, "dtype to 'float8'"),
-        (GEMMA3_1B | {"layer_types": ["full_attention"] * 25 + ["sliding_attention"]}, "layer_types so that"),
+        (GEMMA3_1B | {"layer_types": ["chunked_attention"] * 26}, "'chunked_attention' among layer_types"),
         (GEMMA3_1B | {"rope_parameters": {}}, "rope_local_base_freq: rope_parameters is there too"),
         (GEMMA3_27B | {"text_config": GEMMA3_27B["text_config"] | {"a_key": 1}}, "text_config, sets a_key"),
         (GEMMA3_27B | {"audio_config": {}}, "audio_config"),
@@ -233,9 +254,14 @@ def test_of_a_gemma3_that_sees_what_speaks_is_read(tmp_path: Path, prefix: str) 
     }
     logits = []
     for folder, raw, tensors in (("sees", config, named), ("speaks", text, weights)):
+        heard: list[str] = []
         with open_source(tiny.write_huggingface(tmp_path / folder, raw, tensors)) as source:
             check_complete(weight_specs(source.config), source)
-            convert(source, tmp_path / f"{folder}-f32", "f32")
+            convert(source, tmp_path / f"{folder}-f32", "f32", notice=heard.append)
+        said = [f"{tmp_path / folder} also sees: 2 tensors of its vision tower and projector are not read, and images"
+                " are refused; the text part runs"] if folder == "sees" else []  # fmt: skip
+        assert heard == said
+        assert inspect(tmp_path / f"{folder}-f32")["recipe"].get("source", "") == "".join(said)
         logits.append(Engine(tmp_path / f"{folder}-f32").logits(models.ids("gemma3", 30)))
     np.testing.assert_array_equal(*logits)
     named["audio_tower.weight"] = np.ones(4, np.float32)
@@ -243,6 +269,32 @@ def test_of_a_gemma3_that_sees_what_speaks_is_read(tmp_path: Path, prefix: str) 
         specs = weight_specs(source.config)
         with pytest.raises(CheckpointError, match=r"holds the tensor audio_tower\.weight"):
             check_complete(specs, source)
+
+
+def test_images_are_refused_by_a_gemma3_that_could_see_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    config = {"model_type": "gemma3", "text_config": models.CONFIGS["gemma3"], "vision_config": {}, "dtype": "float32",
+              "boi_token_index": 93, "eoi_token_index": 94, "image_token_index": 95}  # fmt: skip
+    path = tiny.write_huggingface(tmp_path / "model", config, models.weights("gemma3"))
+    with LLM(path) as llm:
+        assert np.isfinite(llm.logits([5, 6, 92])).all()
+        for id in (93, 94, 95):
+            for ask in (llm.logits, llm.generate):
+                with pytest.raises(UserError, match=f"the token {id}, which stands for an image, .* takes text only"):
+                    ask([5, id, 6])
+
+
+def test_what_is_left_out_is_said_each_time_a_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    config = {"model_type": "gemma3", "text_config": models.CONFIGS["gemma3"], "dtype": "float32"}
+    weights = models.weights("gemma3") | {"model.vision_tower.x.weight": np.ones(4, np.float32)}
+    path = tiny.write_huggingface(tmp_path / "model", config, weights)
+    heard: list[str] = []
+    for _ in range(2):
+        cached(path, notice=heard.append)
+    assert len(heard) == 2
+    assert heard[0] == heard[1]
+    assert "also sees: 1 tensor of its vision tower and projector is not read" in heard[0]
 
 
 def test_norms_kept_as_differences_in_bfloat16_are_added_in_float32(tmp_path: Path) -> None:

@@ -194,9 +194,36 @@ def test_llama_refuses_by_name_what_changes_the_result(change: dict[str, Any], n
         model_config(tiny.CONFIG | change)
 
 
-def test_qwen2_refuses_a_window_in_use() -> None:
-    with pytest.raises(UnsupportedError, match="use_sliding_window"):
-        model_config(tiny.QWEN2 | {"use_sliding_window": True, "sliding_window": 64})
+def test_qwen2_has_windows_where_it_uses_them() -> None:
+    def windows(**changes: Any) -> list[int | None]:
+        config = model_config(tiny.QWEN2 | {"num_hidden_layers": 4, "use_sliding_window": True} | changes)
+        return [config.window(layer) for layer in range(4)]
+
+    local, full = "sliding_attention", "full_attention"
+    assert windows(sliding_window=64, max_window_layers=3) == [None, None, None, 64]
+    assert windows(sliding_window=64, max_window_layers=0) == [64] * 4
+    assert windows(max_window_layers=2) == [None, None, 4096, 4096]
+    for nowhere in ({}, {"sliding_window": 64, "max_window_layers": 4}, {"sliding_window": None}):
+        assert windows(**nowhere) == [None] * 4
+    assert windows(sliding_window=64, layer_types=[local, full, local, full]) == [64, None, 64, None]
+    assert windows(sliding_window=64, max_window_layers=0, layer_types=[full] * 4) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, UnsupportedError, "layer_types to"),
+        ({"sliding_window": None, "layer_types": ["sliding_attention"] * 2}, UnsupportedError, "layer_types to other"),
+        ({"layer_types": ["chunked_attention"] * 2}, UnsupportedError, "'chunked_attention' among layer_types"),
+        ({"layer_types": ["full_attention"] * 3}, CheckpointError, "layer_types to 3 kinds for 2 layers"),
+        ({"sliding_window": 0}, CheckpointError, "sliding_window to 0"),
+        ({"max_window_layers": -1}, CheckpointError, "max_window_layers to -1"),
+        ({"use_sliding_window": 1}, CheckpointError, "use_sliding_window to 1"),
+    ],
+)
+def test_qwen2_refuses_windows_that_are_none(change: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        model_config(tiny.QWEN2 | {"use_sliding_window": True} | change)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -264,6 +265,15 @@ def test_what_is_refused_says_so(paris: Served, fields: dict[str, Any], param: s
     status, sentence, named = messages(reply)
     assert (status, named) == (400, param)
     assert says in sentence
+
+
+def test_a_token_that_stands_for_an_image_is_refused() -> None:
+    with served() as server:
+        server.engine.config = dataclasses.replace(server.engine.config, image_ids=(ord("#"),))
+        for reply in (server.chat(messages=[{"role": "user", "content": "see #"}]), server.complete(prompt="#")):
+            status, sentence, _ = messages(reply)
+            assert (status, sentence.split(",")[0]) == (400, "the prompt has the token 35")
+        assert server.chat().status_code == 200
 
 
 def test_a_model_without_a_template_cannot_chat() -> None:

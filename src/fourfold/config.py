@@ -80,16 +80,18 @@ class ModelConfig:
     rotary_dim: int | None = None  # of each head's dimensions, the first that turn; None: all
     sliding_window: int | None = None  # positions that a token of a local layer sees, its own included
     global_every: int = 0  # of the layers with a window, every so many one sees all positions; 0: none does
+    global_layers: tuple[int, ...] = ()  # of the layers with a window, others that see all positions, in order
     local_rope_theta: float | None = None  # of local layers, which then have no scaling; None: as the others
     attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
     embed_scale: float = 1.0  # of the embedding's rows where they are looked up
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    image_ids: tuple[int, ...] = ()  # that stand for images, and so for nothing here: refused in a prompt
 
     def window(self, layer: int) -> int | None:
         """Positions that a token of this layer sees, its own included; None where it sees all before it."""
         is_global = self.global_every > 0 and (layer + 1) % self.global_every == 0
-        return None if is_global else self.sliding_window
+        return None if is_global or layer in self.global_layers else self.sliding_window
 
     def seen(self, layer: int, position: int) -> int:
         """Positions of those before `position` that the token there sees in this layer, its own left out."""
@@ -108,5 +110,6 @@ class ModelConfig:
                 key: tuple(value) if isinstance(value, list) else value for key, value in scaling.items()
             }
             fields["rope_scaling"] = scaling_kind(values)(**values)
-        fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
+        for key in ("eos_ids", "global_layers", "image_ids"):
+            fields[key] = tuple(fields.get(key, ()))
         return cls(**fields)

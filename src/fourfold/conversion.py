@@ -82,7 +82,8 @@ def convert(
 ) -> QualityReport:
     """Writes `source` to the directory `dst`, matrices in `fmt` and vectors in float32, and says what was lost.
 
-    `keep` says what None stands for, and what of a quantized source's codes is kept; `notice` hears of it in sentences.
+    `keep` says what None stands for, and what of a quantized source's codes is kept; `notice` hears of it in sentences,
+    and of what the source leaves out.
     Memory is bounded; an interrupted conversion goes on where it stopped. `progress` counts bytes written. Raises
     CheckpointError where the source is incomplete or holds a number that is not finite, UserError where `dst` exists,
     and ResourceError where the disk has no room.
@@ -93,7 +94,7 @@ def convert(
     formats = choose_formats(specs, source, asked)
     isa = choose_isa()  # before anything is made: it may raise
     if notice:
-        for sentence in formats.notes:
+        for sentence in (*source.notes, *formats.notes):
             notice(sentence)
     with DirectoryWriter(Path(dst), source.config, formats.main, source.fingerprint, formats.of) as writer:
         pieces = list(_pieces(spec for spec in specs if spec.name not in writer.finished))
@@ -106,8 +107,9 @@ def convert(
                 recorder.record(output)
                 packer.reuse(output)
         report = _report(specs, writer, formats)
-        codes = {"codes": "; ".join(formats.notes)} if formats.notes else {}
-        writer.finish(source.tokenizer_files, RECIPE | codes, report.to_dict())
+        said = {"source": source.notes, "codes": formats.notes}
+        notes = {kind: "; ".join(sentences) for kind, sentences in said.items() if sentences}
+        writer.finish(source.tokenizer_files, RECIPE | notes, report.to_dict())
     return report
 
 
@@ -148,6 +150,9 @@ def cached(
         try:
             if directory.exists():
                 _check_kept(directory)
+                if notice:
+                    for sentence in source.notes:
+                        notice(sentence)
             else:
                 if check:
                     check(source)

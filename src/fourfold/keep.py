@@ -91,8 +91,8 @@ def _refusal(spec: WeightSpec, source: Source) -> str:
         tensor = source.tensors[name]
         if isinstance(tensor, CodedTensor) and tensor.fault:
             return (
-                f"{source.path}: {name}, {tensor.origin}, {tensor.fault}; name a format (--format nf4) to have it"
-                " dequantized and quantized anew"
+                f"{source.path}: {name}, {tensor.origin}, {tensor.fault}; name a format to have it"
+                " dequantized and quantized anew (--format int8 loses least)"
             )
     return f"{source.path}: {' and '.join(spec.rows.names)} are codes of two kinds, and make one matrix; name a format"
 

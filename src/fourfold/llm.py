@@ -240,7 +240,7 @@ class LLM:
         return Stream(self._desk, Request(tuple(ids), params or SamplingParams(), after=tuple(after)))
 
     def _check_prompt(self, ids: Sequence[int]) -> None:
-        check_prompt(ids, self.vocab_size, self.context)
+        check_prompt(ids, self.engine.config, self.context)
 
 
 class _Desk:

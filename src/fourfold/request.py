@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from fourfold.config import ModelConfig
 from fourfold.errors import UserError
 from fourfold.sampling import Allowed, SamplingParams
 
@@ -61,11 +62,18 @@ class Update:
     error_kind: ErrorKind | None = None  # the same
 
 
-def check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:
-    """Raises UserError for an empty prompt, for one that is too long, and for ids that the model does not have."""
+def check_prompt(ids: Sequence[int], config: ModelConfig, context: int) -> None:
+    """Raises UserError for an empty prompt, for one that is too long, and for ids that the model does not have.
+
+    So it does for tokens that stand for images.
+    """
     if not ids:
         raise UserError("the prompt is empty; pass at least one token")
     if len(ids) > context:
         raise UserError(f"the prompt has {len(ids)} tokens but the context only {context}; shorten it")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(f"ids {min(ids)} to {max(ids)} are not all the model's, which are 0 to {vocab_size - 1}")
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise UserError(f"ids {min(ids)} to {max(ids)} are not all the model's, which are 0 to {config.vocab_size - 1}")
+    if images := sorted(set(config.image_ids).intersection(ids)):
+        raise UserError(
+            f"the prompt has the token {images[0]}, which stands for an image, and fourfold takes text only"
+        )

@@ -71,7 +71,7 @@ class StepLoop:
 
         Raises UserError where it could never run, QueueFull where too many wait.
         """
-        check_prompt(request.prompt, self._engine.config.vocab_size, self._engine.context)
+        check_prompt(request.prompt, self._engine.config, self._engine.context)
         generation = Generation(request, self._tokenizer, self._engine.context)
         self._scheduler.add(generation)
         self._added[generation] = monotonic()

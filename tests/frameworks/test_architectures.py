@@ -62,6 +62,10 @@ def test_the_text_part_of_gemma3_that_sees(tmp_path: Path) -> None:
         transformers.Gemma3ForConditionalGeneration(config), tmp_path / "model", models.ids("gemma3", 40)
     )
     assert np.abs(ours - theirs).max() <= 1e-3
+    with open_source(tmp_path / "model") as source:
+        assert source.config.image_ids == (93, 94, 95)
+        (note,) = source.notes
+        assert "also sees: " in note
 
 
 def test_the_scale_of_gemma3s_embedding_is_rounded_as_transformers_rounds_it(tmp_path: Path) -> None:

@@ -91,6 +91,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+# Windows in some layers: from the second on, and as `layer_types` has them.
+CONFIGS |= {
+    "qwen2-windows": _COMMON
+    | {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+    },
+    "qwen3-windows": CONFIGS["qwen3"]
+    | {
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 21,
+        "max_window_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    },
+}
 LENGTHS = {"phi3-long": (60, 90)}  # up to 64 tokens the short factors hold, then the long ones
 
 

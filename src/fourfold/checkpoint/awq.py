@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, checked_group, nibbles
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, nibbles, whole_group
 from fourfold.errors import CheckpointError, UnsupportedError
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each output of a word
@@ -49,7 +49,7 @@ def _matrix(module: str, group: int | None, is_symmetric: bool, parts: Parts) ->
             f"{parts.where}: {module}.qweight has the shape {words.shape}, which is no packed matrix's"
         )
     k, n = words.shape[0], 8 * words.shape[1]
-    group = checked_group(group, k, module, parts)
+    group = whole_group(group, k, module, parts)
     scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
     zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, check_order, nibbles, zero_points
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, input_order, nibbles, zero_points
 from fourfold.errors import CheckpointError
 
 _FORM = "pack-quantized"
@@ -80,7 +80,7 @@ def _matrix(module: str, said: _Group, parts: Parts) -> CodedTensor:
     zero_words = None
     if not said.is_symmetric or f"{module}.weight_zero_point" in parts:
         zero_words = parts.take(f"{module}.weight_zero_point", ("int32",), (-(-n // 8), groups))
-    check_order(f"{module}.weight_g_idx", k, k // groups, "actorder", said.reorders, "null or weight", parts)
+    order = input_order(f"{module}.weight_g_idx", k, k // groups, "actorder", said.reorders, "null or weight", parts)
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
         return nibbles(words.rows(start, stop))
@@ -95,4 +95,4 @@ def _matrix(module: str, said: _Group, parts: Parts) -> CodedTensor:
             return scales.rows(start, stop).astype(np.float32)
         return np.full((stop - start, 1), scales.rows(0, 1), np.float32)
 
-    return IntegerTensor("compressed-tensors int4", (n, k), k // groups, codes, zeros, scale_rows)
+    return IntegerTensor("compressed-tensors int4", (n, k), k // groups, codes, zeros, scale_rows, order)

@@ -199,9 +199,11 @@ def _faults(c: ModelConfig) -> Iterator[str]:
     for name, n in elements.items():
         if n >= MAX_ELEMENTS:
             yield f"{name} would have {n} elements, and fourfold reads fewer than 10^12"
-    for i in (*c.eos_ids, *(() if c.bos_id is None else (c.bos_id,))):
+    for i in (*c.eos_ids, *c.image_ids, *(() if c.bos_id is None else (c.bos_id,))):
         if not 0 <= i < c.vocab_size:
             yield f"token {_short(i)} lies outside the vocabulary of {c.vocab_size}"
+    if list(c.global_layers) != sorted({i for i in c.global_layers if 0 <= i < c.n_layers}):
+        yield f"global_layers must be in order, each once, and from 0 to {c.n_layers - 1}"
     if c.n_layers > MAX_LAYERS:
         yield f"{c.n_layers} layers are more than the {MAX_LAYERS} that fourfold reads"
     if c.n_heads % c.n_kv_heads:

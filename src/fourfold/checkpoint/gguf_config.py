@@ -24,6 +24,19 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 _GEMMA3_GLOBAL_EVERY, _GEMMA3_LOCAL_THETA, _GEMMA3_27B_LAYERS = 6, 10000.0, 62
 
 
+# Of Mistral 7B v0.1 and what was made from it, the format leaves the window out; later versions have another base.
+_MISTRAL_01 = {
+    "model_type": "llama",
+    "dim": 4096,
+    "n_layers": 32,
+    "n_kv_heads": 8,
+    "hidden_dim": 14336,
+    "rope_theta": 10000.0,
+    "max_context": 32768,
+}
+_MISTRAL_01_WINDOW = 4096
+
+
 @dataclass(frozen=True)
 class RopeTensors:
     """The rotary factors that a GGUF file keeps as tensors, (rotated dimensions / 2,) each; None where it has none."""
@@ -97,6 +110,16 @@ def model_config(
     config = _OF_ITS_OWN.get(arch, _whole_heads)(config, f, rope)
     f.finish()
     return check(config, where)
+
+
+def notes(config: ModelConfig, where: str) -> tuple[str, ...]:
+    """What the format leaves out, and its user may miss, in sentences."""
+    if all(getattr(config, name) == value for name, value in _MISTRAL_01.items()):
+        return (
+            f"{where} has the shape of Mistral 7B v0.1, whose layers see {_MISTRAL_01_WINDOW} positions; it does not"
+            " say so, and every layer sees all",
+        )
+    return ()
 
 
 def _whole_heads(c: ModelConfig, f: Fields, rope: RopeTensors) -> ModelConfig:

@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from fourfold.checkpoint.gguf_config import RopeTensors, model_config
+from fourfold.checkpoint.gguf_config import RopeTensors, model_config, notes
 from fourfold.checkpoint.gguf_header import TensorInfo, read_header
 from fourfold.checkpoint.gguf_tokenizer import tokenizer_files
 from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint
@@ -81,6 +81,7 @@ def open_gguf(path: Path) -> Source:
         tokenizer_files=tokenizer_files(header.metadata, config, str(path)),
         fingerprint=fingerprint(config, [path]),
         _files=[file],
+        notes=notes(config, str(path)),
     )
 
 

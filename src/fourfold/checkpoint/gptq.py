@@ -2,6 +2,7 @@
 
 A matrix (N, K) in groups of G inputs is `qweight` int32 (K/8, N), 8 inputs a word; `scales` float (K/G, N); `qzeros`
 int32 (K/G, N/8), 8 outputs a word; and `g_idx` int32 (K,), the group of each input. Words hold their first code lowest.
+K/G is rounded up: GPTQModel lets the last group have fewer inputs.
 Zero points are stored less one, except in `gptq_v2`. GPTQModel takes the ones from whole words and adds them to whole
 words, so that a zero point of 0 is stored as 15 and borrows from its neighbour. Other programs write a 15 for 0 without
 borrowing, over its neighbours even, and read it as 16 or as 0: one that GPTQModel has not written is refused.
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
-from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, check_order, checked_group, nibbles, zero_points
+from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, input_order, n_groups, nibbles, zero_points
 from fourfold.errors import CheckpointError, UnsupportedError
 
 EIGHT_ONES = 0x11111111  # 1 as each zero point of a word
@@ -56,16 +57,17 @@ def _matrix(
             f"{parts.where}: {module}.qweight has the shape {words.shape}, which is no packed matrix's"
         )
     k, n = 8 * words.shape[0], words.shape[1]
-    group = checked_group(group, k, module, parts)
-    scales = parts.take(f"{module}.scales", SCALE_TYPES, (k // group, n))
-    zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
-    check_order(f"{module}.g_idx", k, group, "desc_act", reorders, "false", parts)
+    group = group or k
+    groups = n_groups(group, k)
+    scales = parts.take(f"{module}.scales", SCALE_TYPES, (groups, n))
+    zero_words = parts.take(f"{module}.qzeros", ("int32",), (groups, n // 8))
+    order = input_order(f"{module}.g_idx", k, group, "desc_act", reorders, "false", parts)
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
         return nibbles(words.rows(0, k // 8)[:, start:stop].T)
 
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
-        stored = zero_words.rows(0, k // group)[:, start // 8 : -(-stop // 8)].view(np.uint32)
+        stored = zero_words.rows(0, groups)[:, start // 8 : -(-stop // 8)].view(np.uint32)
         if is_less_one and not borrows and (nibbles(stored) == 15).any():
             raise UnsupportedError(
                 f"{parts.where}: {module}.qzeros holds a 15, which some programs take for the zero point 16 and some"
@@ -74,6 +76,6 @@ def _matrix(
         return zero_points(stored + np.uint32(EIGHT_ONES if is_less_one else 0), start, stop)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
-        return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)
+        return scales.rows(0, groups)[:, start:stop].T.astype(np.float32)
 
-    return IntegerTensor("GPTQ int4", (n, k), group, codes, zeros, scale_rows)
+    return IntegerTensor("GPTQ int4", (n, k), group, codes, zeros, scale_rows, order)

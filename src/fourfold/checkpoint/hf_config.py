@@ -43,6 +43,7 @@ _YUAN_LATER = """
     attention_projection_size use_moe moe_config num_experts num_local_experts num_experts_per_tok router_type
     per_layer_experts_blocks rotary_percent output_router_logits num_key_value_heads head_dim rope_scaling
     rotary_base use_yarn use_rope_scaling use_lfa_bias llm_config vision_config"""
+_GEMMA3_IMAGE_IDS = {"boi": 255999, "eoi": 256000, "image": 262144}  # where a file is silent
 LATER_FAMILIES = "it belongs to Yuan2-M32 and Yuan 3.0, and for now fourfold runs the dense Yuan 2.0 models only"
 
 
@@ -86,26 +87,55 @@ def _llama(f: Fields) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias", "rope_interleaved"):
         f.only(key, False)
     f.only("pretraining_tp", 1)
+    _all_global(f)
     return _llama_like(f, "llama", n_kv_heads=f.size("num_attention_heads"), max_context=2048, eps=1e-6)
 
 
 def _qwen2(f: Fields) -> ModelConfig:
-    _without_window(f)
-    return replace(_llama_like(f, "qwen2"), qkv_bias=True)
+    return _windows(f, replace(_llama_like(f, "qwen2"), qkv_bias=True))
 
 
 def _qwen3(f: Fields) -> ModelConfig:
-    _without_window(f)
     f.only("attention_bias", False)
-    return _llama_like(f, "qwen3", head_dim=128)
+    return _windows(f, _llama_like(f, "qwen3", head_dim=128))
 
 
-def _without_window(f: Fields) -> None:
-    f.only("use_sliding_window", False)
-    f.ignore("sliding_window", "max_window_layers")  # without effect unless the window is used
+def _windows(f: Fields, c: ModelConfig) -> ModelConfig:
+    """Qwen's, where they are used: in the layers from `max_window_layers` on, or in those that `layer_types` names."""
+    if not f.flag("use_sliding_window", False) or f.is_null("sliding_window"):
+        f.ignore("sliding_window", "max_window_layers")  # without effect
+        _all_global(f)
+        return c
+    window = f.size("sliding_window", 4096)
+    first = 0 if f.equals("max_window_layers", 0) else f.size("max_window_layers", 28)
+    global_layers = tuple(range(min(first, c.n_layers)))
+    if "layer_types" in f:
+        global_layers = _global_layers(f, c.n_layers)
+    return c if len(global_layers) == c.n_layers else replace(c, sliding_window=window, global_layers=global_layers)
+
+
+def _global_layers(f: Fields, n_layers: int) -> tuple[int, ...]:
+    """The layers that `layer_types` says see all positions; the others have a window."""
+    types = f.many("layer_types", str)
+    if len(types) != n_layers:
+        raise CheckpointError(f"{f.where} sets layer_types to {len(types)} kinds for {n_layers} layers")
+    for unknown in set(types) - {"full_attention", "sliding_attention"}:
+        raise UnsupportedError(
+            f"{f.where} has {unknown[:80]!r} among layer_types; fourfold knows full_attention and sliding_attention"
+        )
+    return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+
+
+def _all_global(f: Fields) -> None:
+    if "layer_types" in f and set(f.many("layer_types", str)) != {"full_attention"}:
+        raise UnsupportedError(
+            f"{f.where} sets layer_types to other than full_attention, and no window that fourfold knows of in such a"
+            " model"
+        )
 
 
 def _mistral(f: Fields) -> ModelConfig:
+    _all_global(f)
     config = _llama_like(f, "mistral", n_kv_heads=8, max_context=131072, eps=1e-6)
     window = None if f.is_null("sliding_window") else f.size("sliding_window", 4096)
     return replace(config, sliding_window=window)
@@ -116,6 +146,7 @@ def _phi3(f: Fields) -> ModelConfig:
         f.only(key, False)
     for key in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini, where they change nothing
         f.only(key, 1)
+    _all_global(f)
     long_context = f.size("original_max_position_embeddings", 4096)
     n_heads = f.size("num_attention_heads")
     config = _llama_like(f, "phi3", n_kv_heads=n_heads, max_context=4096, eps=1e-5, long_context=long_context)
@@ -137,10 +168,6 @@ def _llama_like(
     `long_context`: the positions after which LongRope's second factors hold, for an architecture that may have them and
     rotate a part of each head alone.
     """
-    if "layer_types" in f and set(f.many("layer_types", str)) != {"full_attention"}:
-        raise UnsupportedError(
-            f"{f.where} sets layer_types to other than full_attention, which fourfold does not support"
-        )
     n_heads, dim = f.size("num_attention_heads"), f.size("hidden_size")
     head_dim = f.size("head_dim", head_dim or _head_dim(f, dim, n_heads))
     turns = rope(f, long_context=long_context)
@@ -167,18 +194,30 @@ def _llama_like(
 
 
 def _gemma3(f: Fields) -> ModelConfig:
-    """The text part of a model that also sees: its images are nothing that fourfold takes."""
+    """The text part of a model that also sees. Its images are nothing that fourfold takes, and so are their tokens."""
     text = f.fields("text_config")
     text.only("model_type", "gemma3_text")
     text.only("architectures", ["Gemma3ForCausalLM"], ["Gemma3TextModel"])
     _decodes_alone(text)
     f.only("tie_word_embeddings", text.flag("tie_word_embeddings", True))
     f.ignore("vision_config", "mm_tokens_per_image")
-    f.ignore(*(f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("index", "id")))
     dtype = f.text("dtype", f.text("torch_dtype", ""))
     config = _gemma3_text(text, dtype)
     text.finish(_harmless())
-    return replace(config, eos_ids=f.ids("eos_token_id") or config.eos_ids)
+    image_ids = [_image_id(f, kind, default) for kind, default in _GEMMA3_IMAGE_IDS.items()]
+    return replace(
+        config,
+        eos_ids=f.ids("eos_token_id") or config.eos_ids,
+        image_ids=tuple(sorted({i for i in image_ids if i < config.vocab_size})),
+    )
+
+
+def _image_id(f: Fields, kind: str, default: int) -> int:
+    """Which has one name in older files and another in newer ones."""
+    found = [i for name in ("index", "id") for i in f.ids(f"{kind}_token_{name}")]
+    if len(set(found)) > 1:
+        raise CheckpointError(f"{f.where} sets {kind}_token_index and {kind}_token_id to different tokens")
+    return found[0] if found else default
 
 
 def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:
@@ -189,7 +228,7 @@ def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:
     f.refuse(("attn_logit_softcapping", "final_logit_softcapping"), "fourfold caps neither scores nor logits")
     f.ignore("cache_implementation")  # where Transformers keeps keys and values
     n_layers, dim, head_dim = f.size("num_hidden_layers", 26), f.size("hidden_size", 2304), f.size("head_dim", 256)
-    window, global_every = f.size("sliding_window", 4096), _global_every(f, n_layers)
+    window, (global_every, global_layers) = f.size("sliding_window", 4096), _gemma3_globals(f, n_layers)
     turns, local_theta = _gemma3_ropes(f)
     dtype = f.text("dtype", f.text("torch_dtype", dtype or "float32"))
     return ModelConfig(
@@ -208,6 +247,7 @@ def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:
         rope_scaling=turns.scaling,
         sliding_window=None if global_every == 1 else window,
         global_every=global_every,
+        global_layers=global_layers,
         local_rope_theta=local_theta,
         attention_scale=f.real("query_pre_attn_scalar", 256) ** -0.5,
         embed_scale=_rounded(dim**0.5, dtype, f.where),
@@ -216,21 +256,14 @@ def _gemma3_text(f: Fields, dtype: str = "") -> ModelConfig:
     )
 
 
-def _global_every(f: Fields, n_layers: int) -> int:
-    """Every so many layers one sees all positions: 1 where all do, 0 where none does."""
-    pattern = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
+def _gemma3_globals(f: Fields, n_layers: int) -> tuple[int, tuple[int, ...]]:
+    """Every so many layers one sees all positions (1: all do; 0: none does), and which others do besides."""
+    every = f.size("sliding_window_pattern", f.size("_sliding_window_pattern", 6))
     if "layer_types" not in f:
-        return pattern
-    types = f.many("layer_types", str)
-    period = types.index("full_attention") + 1 if "full_attention" in types else 0
-    if types != [
-        "full_attention" if period and (i + 1) % period == 0 else "sliding_attention" for i in range(n_layers)
-    ]:
-        raise UnsupportedError(
-            f"{f.where} sets layer_types so that it is not every so many of {n_layers} layers that is full_attention"
-            " and the others sliding_attention, which fourfold does not support"
-        )
-    return period
+        return every, ()
+    found = _global_layers(f, n_layers)
+    every = found[0] + 1 if found else 0
+    return (every, ()) if not every or found == tuple(range(every - 1, n_layers, every)) else (0, found)
 
 
 def _gemma3_ropes(f: Fields) -> tuple[Rope, float]:

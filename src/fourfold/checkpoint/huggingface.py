@@ -78,8 +78,15 @@ def open_huggingface(path: Path) -> Source:
         for name in found.keys() - listed if listed else ():
             raise CheckpointError(f"{shard} holds the tensor {name}, which {form.index} does not place there")
         tensors |= found
+    notes = []
     if fields["model_type"] == "gemma3":
-        tensors = _text_part(tensors)
+        n_all, tensors = len(tensors), _text_part(tensors)
+        if n_unread := n_all - len(tensors):
+            unread = "1 tensor" if n_unread == 1 else f"{n_unread} tensors"
+            notes.append(
+                f"{path} also sees: {unread} of its vision tower and projector {'is' if n_unread == 1 else 'are'} not"
+                " read, and images are refused; the text part runs"
+            )
     tensors = _decoded(quantization, tensors, config, path)
     tokenizer = find_tokenizer([path])
     return Source(
@@ -89,6 +96,7 @@ def open_huggingface(path: Path) -> Source:
         tokenizer_files=tokenizer,
         fingerprint=fingerprint(config, [config_file, *shards, *tokenizer.values()]),
         _files=files,
+        notes=tuple(notes),
     )
 
 

@@ -28,39 +28,44 @@ INT8_STEPS = 127  # int8 is code / 127
 class IntegerTensor(CodedTensor):
     """Weights that are a scale times a small integer: scale · (code - zero point), each of 4 bits.
 
-    Of rows [start, stop), `read_codes` gives uint8 (stop - start, K), `read_zeros` int8 (stop - start, K / group), both
-    from 0 to 15, and `read_scales` float32 (stop - start, K / group).
+    Of rows [start, stop), `read_codes` gives uint8 (stop - start, K), `read_zeros` int8 (stop - start, groups), both
+    from 0 to 15, and `read_scales` float32 (stop - start, groups).
     """
 
     origin: str
     shape: tuple[int, int]
-    group: int  # inputs that share a scale; divides K
+    group: int  # inputs that share a scale; the last group may have fewer
     read_codes: Callable[[int, int], NDArray[np.uint8]]
     read_zeros: Callable[[int, int], NDArray[np.int8]]
     read_scales: Callable[[int, int], NDArray[np.float32]]
+    order: NDArray[np.int32] | None = None  # (K,) the group of each input, where they do not lie in order
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        scales = np.repeat(self.read_scales(start, stop), self.group, axis=1)
-        return self._integers(start, stop).astype(np.float32) * scales
+        weights: NDArray[np.float32] = self._integers(start, stop).astype(np.float32)
+        weights *= self._of_inputs(self.read_scales(start, stop))
+        return weights
 
     @cached_property
     def formats(self) -> tuple[WeightFormat, ...]:
-        if self.group % TILE_K:
+        if self.fault:
             return ()
         return ("int4", "uint4", "int8") if self._fits_int4() else ("uint4", "int8")
 
     @property
     def fault(self) -> str | None:
-        return None if self.formats else misfit(self.group, self.shape[1])
+        if self.order is not None:
+            return "has inputs in another order than that of their groups (desc_act, actorder), which cannot be kept"
+        k = self.shape[1]
+        return misfit(self.group, k) if self.group % TILE_K or k % TILE_K else None
 
     def blocks(self, fmt: WeightFormat, start: int, stop: int) -> NDArray[Any]:
         assert fmt in self.formats
-        scales = np.repeat(self.read_scales(start, stop), self.group // TILE_K, axis=1)
+        scales = self._of_blocks(self.read_scales(start, stop))
         rows = np.empty(stop - start, block_type(fmt, self.shape[1]))
         if fmt == "uint4":
             rows["codes"] = self.read_codes(start, stop)
             rows["scales"] = scales
-            rows["zeros"] = np.repeat(self.read_zeros(start, stop), self.group // TILE_K, axis=1)
+            rows["zeros"] = self._of_blocks(self.read_zeros(start, stop))
             return rows
         integers = self._integers(start, stop)
         if fmt == "int8":
@@ -77,9 +82,18 @@ class IntegerTensor(CodedTensor):
 
     def _integers(self, start: int, stop: int) -> NDArray[np.int8]:
         """Codes less their zero points, from -15 to 15."""
-        n, k = stop - start, self.shape[1]
-        grouped = self.read_codes(start, stop).view(np.int8).reshape(n, k // self.group, self.group)
-        return (grouped - self.read_zeros(start, stop)[..., None]).reshape(n, k)
+        codes: NDArray[np.int8] = self.read_codes(start, stop).view(np.int8)
+        return codes - self._of_inputs(self.read_zeros(start, stop)).astype(np.int8, copy=False)
+
+    def _of_inputs(self, of_groups: NDArray[Any]) -> NDArray[Any]:
+        """(rows, groups) as (rows, K)."""
+        if self.order is not None:
+            return of_groups[:, self.order]
+        return np.repeat(of_groups, self.group, axis=1)[:, : self.shape[1]]
+
+    def _of_blocks(self, of_groups: NDArray[Any]) -> NDArray[Any]:
+        """(rows, groups) as (rows, K / 64)."""
+        return np.repeat(of_groups, self.group // TILE_K, axis=1)[:, : self.shape[1] // TILE_K]
 
     def _fits_int4(self) -> bool:
         """Whether each block lies in -8..7 or, mirrored, in -7..8."""
@@ -96,7 +110,12 @@ class IntegerTensor(CodedTensor):
         return True
 
 
-def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
+def n_groups(group: int, k: int) -> int:
+    """Groups of K inputs, of which the last may have fewer than G."""
+    return -(-k // group)
+
+
+def whole_group(group: int | None, k: int, module: str, parts: Parts) -> int:
     """G, or K where it is None: one scale an output. Raises CheckpointError where groups do not divide K."""
     group = group or k
     if k % group:
@@ -104,23 +123,26 @@ def checked_group(group: int | None, k: int, module: str, parts: Parts) -> int:
     return group
 
 
-def check_order(name: str, k: int, group: int, option: str, is_set: bool, right: str, parts: Parts) -> None:
-    """Whether the K inputs lie in the order of their groups, as the tensor of that name says, or its absence.
+def input_order(
+    name: str, k: int, group: int, option: str, is_set: bool, right: str, parts: Parts
+) -> NDArray[np.int32] | None:
+    """The group of each of the K inputs, by the tensor of that name; None where they lie in order, or it is absent.
 
-    Raises UnsupportedError where they do not, and where it is absent though the config sets `option`, which needs it;
-    `right` is what the option would have to be.
+    Raises CheckpointError where groups are given more or fewer inputs than they have, and UnsupportedError where the
+    tensor is absent though the config sets `option`, which needs it; `right` is what the option would have to be.
     """
+    in_order = np.arange(k, dtype=np.int32) // group
     if name in parts:
-        if not np.array_equal(parts.take(name, ("int32",), (k,)).rows(0, k), np.arange(k) // group):
-            raise UnsupportedError(
-                f"{parts.where}: {name} deals the inputs out to groups in another order ({option}), which fourfold does"
-                f" not undo; use a checkpoint quantized with {option} {right}"
-            )
-    elif is_set and group != k:
+        order = parts.take(name, ("int32",), (k,)).rows(0, k).astype(np.int32)
+        if not np.array_equal(np.sort(order), in_order):
+            raise CheckpointError(f"{parts.where}: {name} does not deal {k} inputs out to groups of {group}")
+        return None if np.array_equal(order, in_order) else order
+    if is_set and group < k:
         raise UnsupportedError(
             f"{parts.where} lacks the tensor {name}, which says in what order the inputs belong to groups ({option});"
             f" use a checkpoint quantized with {option} {right}"
         )
+    return None
 
 
 def zero_points(words: NDArray[Any], start: int, stop: int) -> NDArray[np.int8]:

@@ -40,6 +40,7 @@ class Source:
         str  # hexadecimal; changes when a file's name, size or time changes, or what we make of its configuration
     )
     _files: Sequence[MappedFile] = field(repr=False)
+    notes: tuple[str, ...] = ()  # sentences: what of it is left out, or not said, that its user may miss
 
     def close(self) -> None:
         """Tensors cannot be read from here on; arrays that were read stay valid."""

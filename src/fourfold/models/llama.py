@@ -1,6 +1,7 @@
 """Llama: pre-norm, rotary attention with grouped heads, SiLU-gated feed-forward.
 
-Qwen2 adds biases to q, k and v, Qwen3 a norm of every head of q and k, Mistral a window; Phi-3 stores it in other rows.
+Qwen2 adds biases to q, k and v, Qwen3 a norm of every head of q and k, Mistral a window, which both of them may have in
+some layers; Phi-3 stores it in other rows.
 """
 
 from __future__ import annotations

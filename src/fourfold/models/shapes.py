@@ -202,6 +202,7 @@ SHAPES: dict[str, ModelConfig] = {
         sliding_window=1024,
         attention_scale=168**-0.5,
         embed_scale=73.5,
+        image_ids=(255999, 256000, 262144),
     ),
     "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
     "smollm2-135m": _smollm2(30, 576, 9, 3, 1536),

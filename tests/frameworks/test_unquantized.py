@@ -1,4 +1,4 @@
-"""benchmarks/transformers_bnb.py: the models that it keeps."""
+"""benchmarks/unquantized.py: the models that it keeps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import transformers_bnb
+import unquantized
 
 
 def test_a_model_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,13 +17,13 @@ def test_a_model_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
             raise OSError("no space left on device")
         (directory / "model.safetensors").write_text("weights")
 
-    monkeypatch.setattr(transformers_bnb, "_make", make)
+    monkeypatch.setattr(unquantized, "_make", make)
     fails = True
     with pytest.raises(OSError, match="no space left"):
-        transformers_bnb._directory("llama-1b", tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+        unquantized.directory("llama-1b", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "transformers").iterdir()) == []
     fails = False
-    directory = transformers_bnb._directory("llama-1b", tmp_path / "cache")
+    directory = unquantized.directory("llama-1b", tmp_path / "cache")
     assert (directory / "model.safetensors").read_text() == "weights"
-    monkeypatch.setattr(transformers_bnb, "_make", None)
-    assert transformers_bnb._directory("llama-1b", tmp_path / "cache") == directory
+    monkeypatch.setattr(unquantized, "_make", None)
+    assert unquantized.directory("llama-1b", tmp_path / "cache") == directory

@@ -10,6 +10,8 @@
 #include <mutex>
 #include <thread>
 
+#include "arithmetic.h"
+
 namespace fourfold {
 namespace {
 
@@ -76,6 +78,7 @@ class OwnCrew final : public Crew {
     }
 
     void serve(size_t i, Part& part, uint64_t seen) {
+        const OwnArithmetic while_it_lives;
         for (;;) {
             seen = await(seen);
             if (stalled_.load(std::memory_order_relaxed) == i) nap();
@@ -140,6 +143,7 @@ void OpenMpCrew::run(size_t n, Job job) {
     } call{runtime_, n, job};
     const auto region = [](void* data) {
         const Call& c = *static_cast<const Call*>(data);
+        const OwnArithmetic while_computing;
         const auto step = static_cast<size_t>(c.runtime.num_threads());
         for (auto i = static_cast<size_t>(c.runtime.thread_num()); i < c.n; i += step) c.job(i);
     };

@@ -9,6 +9,8 @@
 #include <map>
 #include <mutex>
 
+#include "arithmetic.h"
+
 namespace fourfold {
 
 namespace {
@@ -209,24 +211,22 @@ cpu_set_t only(int cpu) {
     return set;
 }
 
-// The calling thread as a worker: on its CPU and with the arithmetic that new threads have, until this goes.
+// The calling thread as a worker: on its CPU and with our arithmetic, until this goes.
 class Enlisted {
   public:
-    explicit Enlisted(int cpu) : arithmetic_(_mm_getcsr()) {
-        _mm_setcsr(0x1F80);  // round to nearest, keep denormals, mask exceptions
+    explicit Enlisted(int cpu) {
         const cpu_set_t set = only(cpu);
         is_known_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0 && !CPU_EQUAL(&before_, &set);
         if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort, as for threads
     }
     ~Enlisted() {
         if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
-        _mm_setcsr(arithmetic_);
     }
 
   private:
     cpu_set_t before_;
     bool is_known_;
-    unsigned arithmetic_;
+    OwnArithmetic arithmetic_;
 };
 
 }  // namespace
@@ -236,6 +236,7 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
                  int cpu) {
     const cpu_set_t set = only(cpu);
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
+    const OwnArithmetic while_it_lives;
     Worker worker(*state, rank, thread, n_ranks, n_threads);
     for (uint32_t seen = 0; !state->broken; ++seen) {
         state->sleep_while(state->generation, seen);

@@ -215,6 +215,10 @@ void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
 }
 
 FileStream::~FileStream() {
+    if (!process_.is_this()) {  // forked: nobody reads here, or lets go of the mutex
+        new std::vector<std::thread>(std::move(threads_));
+        return;
+    }
     std::unique_lock lock(state_->mutex);
     state_->closing = true;
     state_->for_files.notify_all();

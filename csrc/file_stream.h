@@ -54,6 +54,7 @@ class FileStream {
 
   private:
     struct State;
+    const Process process_;
     std::shared_ptr<State> state_;  // the threads hold it too: one that never returns outlives the stream unharmed
     std::vector<std::thread> threads_;
 };

@@ -250,6 +250,10 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
 }
 
 void Team::close() {
+    if (!process_.is_this()) {  // whose threads are not there to be waited for
+        new std::vector<std::thread>(std::move(threads_));
+        return;
+    }
     state_->closing = true;
     ++state_->generation;
     state_->generation.notify_all();
@@ -260,6 +264,9 @@ void Team::close() {
 Team::~Team() { close(); }
 
 void Team::run(Job job) {
+    if (!process_.is_this())
+        throw StallError(
+            "this process was forked from the one that has the model's threads; load the model in it again");
     Worker::State& s = *state_;
     const std::lock_guard turn(s.turn);
     if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");

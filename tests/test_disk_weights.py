@@ -257,6 +257,31 @@ def test_a_disk_that_fails_or_hangs_ends_the_step_in_one_sentence(
     assert len(done.stdout.splitlines()) == 1
 
 
+FORK = """
+import os, sys, time
+from fourfold.engine import Engine
+from fourfold.errors import RuntimeFailure
+engine = Engine(sys.argv[1], ranks=2, weights="disk")
+before = engine.logits([1, 2, 3])
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if (engine.logits([1, 2, 3]) == before).all() else 3)
+try:
+    engine.logits([1, 2, 3])
+except RuntimeFailure as error:
+    print(error, flush=True)
+engine.close()
+os._exit(0)
+"""
+
+
+def test_a_forked_process_waits_for_no_disk(nf4: Path) -> None:
+    """Neither in a step nor at the end."""
+    command = [sys.executable, "-c", FORK, str(nf4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
+
+
 # ---- who decides
 
 

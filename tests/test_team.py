@@ -88,6 +88,34 @@ def test_a_thread_that_wakes_up_while_the_process_ends_does_no_harm() -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+FORK = """
+import os, sys, time
+import fourfold._core as _core
+from chain import make_team
+from test_team import chain
+
+work = chain(make_team(2, 2))
+first = work.step()
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if (work.step() == first).all() else "the parent's team is not what it was")
+try:
+    work.step()
+except _core.StallError as error:
+    print(error, flush=True)
+del work
+os._exit(0)
+"""
+
+
+def test_a_forked_process_is_told_that_it_has_no_team() -> None:
+    """At once: it does not wait for threads that are not there."""
+    command = [sys.executable, "-c", FORK]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=40)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
+
+
 def test_a_short_delay_is_not_a_stall() -> None:
     work = chain(team := make_team(2, 2))
     first = work.step()

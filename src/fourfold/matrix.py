@@ -6,6 +6,7 @@ Arrays are numpy's, or any CPU array that speaks DLPack (PyTorch, JAX, TensorFlo
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -187,7 +188,8 @@ def huge_empty(shape: tuple[int, int]) -> NDArray[np.uint8]:
     if size < 2 * huge:
         return np.empty(shape, np.uint8)
     pages = mmap.mmap(-1, size + huge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     all_bytes = np.frombuffer(pages, np.uint8)
     begin = -all_bytes.ctypes.data % huge
     return all_bytes[begin : begin + size].reshape(shape)

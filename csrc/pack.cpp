@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -127,7 +128,10 @@ PackResult pack(const PackArgs& a, Isa isa, size_t n_threads) {
     };
     {
         std::vector<std::jthread> others;
-        for (size_t i = 1; i < n_workers; ++i) others.emplace_back(work, i);
+        try {
+            for (size_t i = 1; i < n_workers; ++i) others.emplace_back(work, i);
+        } catch (const std::system_error&) {  // the system gives no more; those that there are do it too
+        }
         work(0);
     }
 

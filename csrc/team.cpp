@@ -16,6 +16,7 @@ namespace fourfold {
 namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kAwake{2};  // between jobs: longer than a token takes to be sampled
+constexpr std::chrono::milliseconds kTurn{10};  // of three others on a thread's CPU, each for the scheduler's 3 ms
 
 struct alignas(64) Flag {
     std::atomic<uint64_t> value{0};
@@ -96,15 +97,15 @@ struct Worker::State {
             if (flag.value.load(std::memory_order_acquire) >= target) return;
             if (!worker.ask_ahead()) _mm_pause();
         }
-        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
+        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled. The
+        // clock is read at every turn, kTurn counting at most, since with others on its CPU a turn takes that long.
         std::chrono::duration<double> waited{};
         auto last = Clock::now();
-        for (size_t i = 0; flag.value.load(std::memory_order_acquire) < target; ++i) {
+        while (flag.value.load(std::memory_order_acquire) < target) {
             if (broken) throw StallError("another thread failed");
             sched_yield();
-            if (i % 64 != 63) continue;
             const auto now = Clock::now();
-            waited += std::min<std::chrono::duration<double>>(now - last, std::chrono::milliseconds(100));
+            waited += std::min<std::chrono::duration<double>>(now - last, kTurn);
             last = now;
             if (waited > timeout * patience) {
                 const StallError e(who());

@@ -34,7 +34,7 @@ def chain(team: Any) -> Chain:
 @pytest.mark.parametrize(("n_ranks", "n_threads"), [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_a_thread_that_stalls_is_named_and_the_team_gives_up(n_ranks: int, n_threads: int) -> None:
     # The first thread of all is the caller, who is told when it goes on; by then the others know.
-    for rank, thread, seconds, told_after in ((0, 0, 1.8, 3), (n_ranks - 1, n_threads - 1, 3, 2.5)):
+    for rank, thread, seconds, told_after in ((0, 0, 4, 6), (n_ranks - 1, n_threads - 1, 3, 2.5)):
         work = chain(team := make_team(n_ranks, n_threads, timeout=0.5))
         work.step()
         team.stall_next(rank, thread, seconds)
@@ -60,6 +60,30 @@ def test_a_step_gives_the_same_bits_every_time(n_ranks: int, n_threads: int) -> 
         assert (work.step() == first).all()
     again = chain(make_team(n_ranks, 3 - n_threads))  # the number of threads changes nothing either
     assert (again.step() == first).all()
+
+
+BUSY = "import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])])\nprint(flush=True)\nwhile True: pass"
+
+
+def test_a_stall_is_found_in_its_time_where_others_want_the_cpu_too() -> None:
+    cpus = sorted(cpu for node in _core.read_machine().usable_cpus() for cpu in node)
+    work = chain(team := make_team(2, 1, timeout=0.3))
+    work.step()
+    command = [sys.executable, "-c", BUSY, str(cpus[0])]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(10)]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.read(1)
+        team.stall_next(1, 0, 8)
+        start = time.monotonic()
+        with pytest.raises(_core.StallError, match="^rank 1, thread 0 did not arrive within"):
+            work.step()
+        assert time.monotonic() - start < 4
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
 
 
 LATE = """

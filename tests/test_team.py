@@ -77,7 +77,7 @@ def test_a_stall_is_found_in_its_time_where_others_want_the_cpu_too() -> None:
             other.stdout.read(1)
         team.stall_next(1, 0, 8)
         start = time.monotonic()
-        with pytest.raises(_core.StallError, match="^rank 1, thread 0 did not arrive within"):
+        with pytest.raises(_core.StallError, match=r"^rank 1, thread 0 did not arrive within"):
             work.step()
         assert time.monotonic() - start < 4
     finally:

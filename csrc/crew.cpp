@@ -8,7 +8,10 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
+
+#include "arithmetic.h"
 
 namespace fourfold {
 namespace {
@@ -23,7 +26,8 @@ class OwnCrew final : public Crew {
     void run(size_t n, Job job) override {
         if (n == 0) return;
         const std::lock_guard<std::mutex> turn(turn_);
-        while (parts_.size() + 1 < n) start_thread();
+        while (n_threads_ + 1 < n && start_thread()) continue;
+        while (parts_.size() + 1 < n) parts_.emplace_back(kTaken);
         job_ = job;
         const uint64_t call = next_call(n);
         for (size_t i = 1; i < n; ++i) parts_[i - 1].store(call, std::memory_order_relaxed);
@@ -63,19 +67,22 @@ class OwnCrew final : public Crew {
                part.compare_exchange_strong(call, kTaken, std::memory_order_acquire);
     }
 
-    void start_thread() {
-        Part& part = parts_.emplace_back(kTaken);
+    // False where the system gives no more.
+    bool start_thread() {
+        if (parts_.size() == n_threads_) parts_.emplace_back(kTaken);
         try {
-            std::thread([this, i = parts_.size(), &part, seen = call_.load()] {
+            std::thread([this, i = n_threads_ + 1, &part = parts_[n_threads_], seen = call_.load()] {
                 serve(i, part, seen);
-            }).detach();  // never joined: see own_crew
-        } catch (...) {
-            parts_.pop_back();
-            throw;
+            }).detach();  // never joined: see crew()
+        } catch (const std::system_error&) {
+            return false;
         }
+        ++n_threads_;
+        return true;
     }
 
     void serve(size_t i, Part& part, uint64_t seen) {
+        const OwnArithmetic while_it_lives;
         for (;;) {
             seen = await(seen);
             if (stalled_.load(std::memory_order_relaxed) == i) nap();
@@ -103,7 +110,8 @@ class OwnCrew final : public Crew {
     }
 
     std::mutex turn_;
-    std::deque<Part> parts_;  // one a thread beside the caller
+    std::deque<Part> parts_;  // the first are those of threads, the others all the caller's
+    size_t n_threads_ = 0;    // beside the caller
     Job job_{};
     std::atomic<size_t> stalled_ = 0;  // the thread that is to sleep; the caller, 0, never is
     std::atomic<double> stall_seconds_ = 0;
@@ -140,6 +148,7 @@ void OpenMpCrew::run(size_t n, Job job) {
     } call{runtime_, n, job};
     const auto region = [](void* data) {
         const Call& c = *static_cast<const Call*>(data);
+        const OwnArithmetic while_computing;
         const auto step = static_cast<size_t>(c.runtime.num_threads());
         for (auto i = static_cast<size_t>(c.runtime.thread_num()); i < c.n; i += step) c.job(i);
     };

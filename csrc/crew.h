@@ -23,12 +23,13 @@ class Crew {
   public:
     virtual ~Crew() = default;
     // Calls job(i) for every i < n, the caller among those that do, and returns when all are done. Callers take turns.
+    // Threads compute with our arithmetic (arithmetic.h); the caller computes with its own.
     virtual void run(size_t n, Job job) = 0;
 };
 
 // Our own threads: as many as were ever asked for at once, one for each i, which look out for the next call for 2 ms
-// and then sleep. Nobody waits for one that comes late: its i is called by the caller. A forked child starts its own.
-// Throws std::system_error where the system gives no more threads.
+// and then sleep. Nobody waits for one that comes late, or that the system does not give: its i is called by the
+// caller. A forked child starts its own.
 Crew& own_crew();
 // For tests: thread i of those, from 1 on, sleeps before it comes to the next call.
 void stall_own_crew(size_t i, double seconds);

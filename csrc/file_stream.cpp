@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <system_error>
 
 #include "memory.h"
 
@@ -194,8 +195,23 @@ struct FileStream::State {
 
 FileStream::FileStream(const std::string& path, double patience_seconds)
     : state_(std::make_shared<State>(path, patience_seconds)) {
-    ++state_->n_running;
-    threads_.emplace_back([state = state_] { state->run([&] { return state->answer_request(); }); });
+    start_thread([](State& s) { return s.answer_request(); });
+}
+
+template <class F>
+void FileStream::start_thread(F work) {
+    const auto count = [this](size_t n) {
+        const std::lock_guard lock(state_->mutex);
+        state_->n_running += n;
+    };
+    count(1);
+    try {
+        threads_.emplace_back([state = state_, work]() mutable { state->run([&] { return work(*state); }); });
+    } catch (const std::system_error& error) {
+        count(size_t{0} - 1);
+        throw DiskError("the system gives no thread to read " + state_->path + " with (" + error.code().message() +
+                        "); raise this process's limit of threads");
+    }
 }
 
 void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
@@ -206,15 +222,14 @@ void FileStream::start(std::vector<Piece> pieces, size_t n_users) {
     s.n_slots = std::clamp<size_t>(kRingBytes / s.slot_bytes, 2, s.pieces.size() + 1);
     s.ring = NodeMemory(s.n_slots * s.slot_bytes, kAnyNode);
     s.users_left = std::vector<std::atomic<size_t>>(s.n_slots);
-    {
-        const std::lock_guard lock(s.mutex);
-        ++s.n_running;
-    }
-    threads_.emplace_back(
-        [state = state_] { state->run([&, i = uint64_t{0}]() mutable { return state->read_piece(i++); }); });
+    start_thread([i = uint64_t{0}](State& state) mutable { return state.read_piece(i++); });
 }
 
 FileStream::~FileStream() {
+    if (!process_.is_this()) {  // forked: nobody reads here, or lets go of the mutex
+        new std::vector<std::thread>(std::move(threads_));
+        return;
+    }
     std::unique_lock lock(state_->mutex);
     state_->closing = true;
     state_->for_files.notify_all();

@@ -32,8 +32,9 @@ class FileStream {
         size_t bytes;
     };
 
-    // Opens the file; nothing is read yet. Throws DiskError where it cannot be opened. Where a thread waits and nothing
-    // is read for `patience_seconds`, the stream is given up.
+    // Opens the file; nothing is read yet. Throws DiskError where it cannot be opened, or where the system gives no
+    // thread to read it with, as `start` does. Where a thread waits and nothing is read for `patience_seconds`, the
+    // stream is given up.
     FileStream(const std::string& path, double patience_seconds);
     ~FileStream();
     FileStream(const FileStream&) = delete;
@@ -54,6 +55,9 @@ class FileStream {
 
   private:
     struct State;
+    template <class F>
+    void start_thread(F work);  // work(state) until it returns false
+    const Process process_;
     std::shared_ptr<State> state_;  // the threads hold it too: one that never returns outlives the stream unharmed
     std::vector<std::thread> threads_;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "arithmetic.h"
 #include "kernels/kernels.h"
 #include "memory.h"
 #include "shares.h"
@@ -154,6 +155,7 @@ class Block {
 
 void matmul(const MatmulArgs& a, Isa isa, Crew& crew, size_t n_threads) {
     if (a.m == 0 || a.w.n == 0) return;
+    const OwnArithmetic while_computing;
     const LinearKernel& kernel = choose_linear(isa, a.w.format, a.m);
     const size_t worth = panels_of(a.w.n) * tiles_of(a.w.k) * ((a.m + 3) / 4) / kTilesAThread;
     n_threads = std::clamp<size_t>(std::min(worth, panels_of(a.w.n)), 1, std::max<size_t>(n_threads, 1));
@@ -162,6 +164,7 @@ void matmul(const MatmulArgs& a, Isa isa, Crew& crew, size_t n_threads) {
 }
 
 void unpack_rows(const MatrixView& w, size_t begin, size_t end, float* out, Isa isa, Crew& crew, size_t n_threads) {
+    const OwnArithmetic while_computing;
     const RowKernels& rows = row_kernels(isa);
     const size_t k_tiles = tiles_of(w.k), padded = k_tiles * kTileK;
     uint8_t* const memory = working_memory(n_threads * padded * sizeof(float));

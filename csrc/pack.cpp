@@ -7,9 +7,12 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "arithmetic.h"
 
 namespace fourfold {
 namespace {
@@ -103,27 +106,33 @@ PackResult pack(const PackArgs& a, Isa isa, size_t n_threads) {
     std::vector<PackSums> sums(n_panels);
     std::atomic<size_t> next = 0, first_bad = none;
 
-    const auto work = [&] {
-        std::vector<float> columns(k_tiles * kTileK * kTileN);
+    const size_t n_workers = std::clamp<size_t>(n_panels, 1, std::max<size_t>(n_threads, 1));
+    const size_t panel_columns = k_tiles * kTileK * kTileN;
+    std::vector<float> all_columns(n_workers * panel_columns);  // before there are threads: in one, none may be thrown
+    const auto work = [&](size_t worker) {
+        const OwnArithmetic while_computing;
+        float* const columns = all_columns.data() + worker * panel_columns;
         for (size_t p; (p = next++) < n_panels;) {
             const size_t n_rows = std::min(kTileN, a.n - p * kTileN);
             const uint8_t* rows = static_cast<const uint8_t*>(a.rows) + p * kTileN * row_bytes;
-            if (!gather_rows(rows, n_rows, a.k, columns.data())) {
-                const size_t bad = p * kTileN + first_non_finite(gather_rows, rows, row_bytes, a.k, columns.data());
+            if (!gather_rows(rows, n_rows, a.k, columns)) {
+                const size_t bad = p * kTileN + first_non_finite(gather_rows, rows, row_bytes, a.k, columns);
                 for (size_t seen = first_bad; bad < seen && !first_bad.compare_exchange_weak(seen, bad);) {
                 }
                 continue;
             }
             float scale = 0;
-            sums[p] =
-                kPackPanel[static_cast<size_t>(isa)](a.format, columns.data(), k_tiles, a.panels + p * bytes, &scale);
+            sums[p] = kPackPanel[static_cast<size_t>(isa)](a.format, columns, k_tiles, a.panels + p * bytes, &scale);
             if (has_scales(a.format)) a.panel_scales[p] = scale;
         }
     };
     {
         std::vector<std::jthread> others;
-        for (size_t i = 1; i < std::min(n_threads, n_panels); ++i) others.emplace_back(work);
-        work();
+        try {
+            for (size_t i = 1; i < n_workers; ++i) others.emplace_back(work, i);
+        } catch (const std::system_error&) {  // the system gives no more; those that there are do it too
+        }
+        work(0);
     }
 
     PackResult result;
@@ -133,6 +142,7 @@ PackResult pack(const PackArgs& a, Isa isa, size_t n_threads) {
 }
 
 void unpack(Format format, const uint8_t* panels, const float* panel_scales, size_t n, size_t k, float* out) {
+    const OwnArithmetic while_computing;
     const size_t k_tiles = tiles_of(k), bytes = panel_bytes(format, k_tiles);
     for (size_t row = 0; row < n; ++row)
         for (size_t i = 0; i < k; ++i) {

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "arithmetic.h"
+
 namespace fourfold {
 namespace {
 
@@ -155,6 +157,7 @@ PackSums place_panel(const PlaceArgs& a, size_t p, const std::array<double, 256>
 }  // namespace
 
 PackSums place(const PlaceArgs& a) {
+    const OwnArithmetic while_computing;
     const std::array<double, 256> values = values_of(a.format);
     PackSums sums;
     for (size_t p = 0; p < panels_of(a.n); ++p) {

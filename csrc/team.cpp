@@ -9,11 +9,14 @@
 #include <map>
 #include <mutex>
 
+#include "arithmetic.h"
+
 namespace fourfold {
 
 namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::milliseconds kAwake{2};  // between jobs: longer than a token takes to be sampled
+constexpr std::chrono::milliseconds kTurn{10};  // of three others on a thread's CPU, each for the scheduler's 3 ms
 
 struct alignas(64) Flag {
     std::atomic<uint64_t> value{0};
@@ -94,15 +97,15 @@ struct Worker::State {
             if (flag.value.load(std::memory_order_acquire) >= target) return;
             if (!worker.ask_ahead()) _mm_pause();
         }
-        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled.
+        // Only time that this thread was awake for counts: a process that was stopped for a minute has not stalled. The
+        // clock is read at every turn, kTurn counting at most, since with others on its CPU a turn takes that long.
         std::chrono::duration<double> waited{};
         auto last = Clock::now();
-        for (size_t i = 0; flag.value.load(std::memory_order_acquire) < target; ++i) {
+        while (flag.value.load(std::memory_order_acquire) < target) {
             if (broken) throw StallError("another thread failed");
             sched_yield();
-            if (i % 64 != 63) continue;
             const auto now = Clock::now();
-            waited += std::min<std::chrono::duration<double>>(now - last, std::chrono::milliseconds(100));
+            waited += std::min<std::chrono::duration<double>>(now - last, kTurn);
             last = now;
             if (waited > timeout * patience) {
                 const StallError e(who());
@@ -209,24 +212,22 @@ cpu_set_t only(int cpu) {
     return set;
 }
 
-// The calling thread as a worker: on its CPU and with the arithmetic that new threads have, until this goes.
+// The calling thread as a worker: on its CPU and with our arithmetic, until this goes.
 class Enlisted {
   public:
-    explicit Enlisted(int cpu) : arithmetic_(_mm_getcsr()) {
-        _mm_setcsr(0x1F80);  // round to nearest, keep denormals, mask exceptions
+    explicit Enlisted(int cpu) {
         const cpu_set_t set = only(cpu);
         is_known_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0 && !CPU_EQUAL(&before_, &set);
         if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort, as for threads
     }
     ~Enlisted() {
         if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
-        _mm_setcsr(arithmetic_);
     }
 
   private:
     cpu_set_t before_;
     bool is_known_;
-    unsigned arithmetic_;
+    OwnArithmetic arithmetic_;
 };
 
 }  // namespace
@@ -236,6 +237,7 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
                  int cpu) {
     const cpu_set_t set = only(cpu);
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
+    const OwnArithmetic while_it_lives;
     Worker worker(*state, rank, thread, n_ranks, n_threads);
     for (uint32_t seen = 0; !state->broken; ++seen) {
         state->sleep_while(state->generation, seen);
@@ -249,6 +251,10 @@ void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t threa
 }
 
 void Team::close() {
+    if (!process_.is_this()) {  // whose threads are not there to be waited for
+        new std::vector<std::thread>(std::move(threads_));
+        return;
+    }
     state_->closing = true;
     ++state_->generation;
     state_->generation.notify_all();
@@ -259,6 +265,9 @@ void Team::close() {
 Team::~Team() { close(); }
 
 void Team::run(Job job) {
+    if (!process_.is_this())
+        throw StallError(
+            "this process was forked from the one that has the model's threads; load the model in it again");
     Worker::State& s = *state_;
     const std::lock_guard turn(s.turn);
     if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");

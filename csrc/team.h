@@ -8,6 +8,8 @@
 // StallError, and the team is broken from then on. Threads spin for a moment before they yield, inside a job, or sleep,
 // between jobs: an idle team uses no CPU.
 #pragma once
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -34,6 +36,16 @@ struct RankPlan {
 
 struct StallError : std::runtime_error {
     using std::runtime_error::runtime_error;
+};
+
+// The process that something with threads was made in. One that is forked from it has a copy of the memory and none of
+// the threads.
+class Process {
+  public:
+    bool is_this() const { return getpid() == id_; }
+
+  private:
+    const pid_t id_ = getpid();
 };
 
 class Team;
@@ -88,9 +100,9 @@ class Team {
     Team& operator=(const Team&) = delete;
 
     // Every thread of every rank runs the job once; returns when all have. Rethrows the first exception of a job; after
-    // any failure the team is broken and every later call throws StallError. Callers take turns. The calling thread
-    // works too: until the call returns it is pinned to the first CPU of the plan, and a stall of its own is found by
-    // the others but returned only once it goes on.
+    // any failure the team is broken and every later call throws StallError, as every call does in a process that was
+    // forked from this one. Callers take turns. The calling thread works too: until the call returns it is pinned to
+    // the first CPU of the plan, and a stall of its own is found by the others but returned only once it goes on.
     void run(Job job);
 
     const std::vector<RankPlan>& plan() const { return plan_; }
@@ -104,6 +116,7 @@ class Team {
     static void serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks,
                       size_t n_threads, int cpu);
     void close();
+    const Process process_;
     std::vector<RankPlan> plan_;
     std::vector<std::unique_ptr<NodeArena>> arenas_;  // one a rank
     std::shared_ptr<Worker::State> state_;

@@ -1,7 +1,6 @@
 #include "tensorflow_op.h"
 
 #include <dlfcn.h>
-#include <emmintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -208,17 +207,6 @@ void rows(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
     unpack_rows(w, begin, end, static_cast<float*>(out.data()), means.isa, own_crew(), means.n_threads);
 }
 
-// TensorFlow's threads flush subnormal numbers to 0; ours, which inherit that where one of them starts them, do not.
-class OwnArithmetic {
-  public:
-    OwnArithmetic() : theirs_(_mm_getcsr()) { _mm_setcsr(0x1F80); }  // as a process begins: nearest, exceptions masked
-    ~OwnArithmetic() { _mm_setcsr(theirs_); }
-    OwnArithmetic(const OwnArithmetic&) = delete;
-
-  private:
-    const unsigned theirs_;
-};
-
 // Nothing may be thrown into TensorFlow.
 template <void (*op)(TF_OpKernelContext*, const Owned<TF_Status>&)>
 void compute(void*, TF_OpKernelContext* context) {
@@ -227,7 +215,6 @@ void compute(void*, TF_OpKernelContext* context) {
         tf.TF_SetStatus(status.get(), code, why);
         tf.TF_OpKernelContext_Failure(context, status.get());
     };
-    const OwnArithmetic while_computing;
     try {
         op(context, status);
     } catch (const std::invalid_argument& error) {

@@ -68,7 +68,8 @@ class Chain:
         self.program.add_linear(hidden, [(self._weight(second, formats[1], n, cut), partial, [])])
         self.program.add_reduce(partial, nothing, [], total)
         self.program.add_select(total, chosen)
-        head = self._weight(np.eye(self.n_out, dtype=np.float32), "f32", logits_cut or n, n)
+        alone: list[Ranges] = [[(0, self.n_out)], *[[]] * (n_ranks - 1)]  # no two ranks write the same logits
+        head = self._weight(np.eye(self.n_out, dtype=np.float32), "f32", logits_cut or alone, n)
         self.program.add_linear(chosen, [(head, _core.Program.LOGITS, [])])
         self.program.finish()
 

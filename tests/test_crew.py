@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fourfold
+import preload
 from fourfold import _core
 
 
@@ -69,3 +71,36 @@ def test_callers_interleave() -> None:
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(walk, range(6)))
+
+
+NO_THREADS = """
+import ctypes
+import numpy as np
+import fourfold
+from fourfold.errors import ResourceError
+from fourfold.machine import RankPlan, read_machine
+from fourfold.placement import start_team
+weights, x = np.ones((4000, 640), np.float32), np.ones((3, 640), np.float32)
+w = fourfold.quantize(weights, threads=1)
+expected = fourfold.linear(x, w, threads=1)
+fourfold.linear(x, w, threads=3)
+ctypes.CDLL(None).setenv(b"NO_THREADS", b"1", 1)
+for threads in (2, 3, 9, 2, 30):
+    assert (fourfold.linear(x, w, threads=threads) == expected).all()
+assert (fourfold.quantize(weights, threads=9).panels == w.panels).all()
+cpu = read_machine().allowed_cpus[0]
+try:
+    start_team(read_machine(), [RankPlan(0, [cpu] * 3)])
+except ResourceError as error:
+    print(error)
+ctypes.CDLL(None).unsetenv(b"NO_THREADS")
+assert (fourfold.linear(x, w, threads=12) == expected).all()
+start_team(read_machine(), [RankPlan(0, [cpu] * 3)])
+"""
+
+
+def test_a_product_takes_the_threads_that_there_are_and_a_team_says_that_it_lacks_some(tmp_path: Path) -> None:
+    assert preload.run(NO_THREADS, tmp_path) == (
+        "the system does not give this process 3 threads (Resource temporarily unavailable); "
+        "ask for fewer, or raise its limit\n"
+    )

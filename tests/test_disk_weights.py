@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import fake_source
 import fourfold._core as _core
 import fourfold.engine
+import preload
 from fourfold import bench, cli, doctor
 from fourfold.checkpoint import Source
 from fourfold.config import FORMATS
@@ -198,19 +199,6 @@ def test_a_directory_that_is_replaced_changes_nothing(nf4: Path, models: Callabl
         assert np.array_equal(engine.logits(IDS), before)
 
 
-FAILING_READ = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdlib.h>
-#include <unistd.h>
-ssize_t pread(int fd, void* to, size_t n, off_t at) {
-    ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
-    if (getenv("DISK_HANGS")) pause();
-    if (getenv("DISK_FAILS")) { errno = EIO; return -1; }
-    return real(fd, to, n, at);
-}
-"""
 SCRIPT = """
 import ctypes, sys
 from fourfold.engine import Engine
@@ -239,22 +227,58 @@ engine.close()
 def test_a_disk_that_fails_or_hangs_ends_the_step_in_one_sentence(
     nf4: Path, tmp_path: Path, trouble: str, message: str
 ) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler to make a failing disk with")
-    (tmp_path / "failing.c").write_text(FAILING_READ)
-    library = tmp_path / "failing.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "failing.c", "-ldl"], check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(nf4), trouble],
-        env=os.environ | {"LD_PRELOAD": str(library)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert message in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    printed = preload.run(SCRIPT, tmp_path, str(nf4), trouble)
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+
+
+NO_READER = """
+import ctypes, sys
+import fourfold.engine
+from fourfold.errors import FourfoldError
+start_team = fourfold.engine.start_team
+def start_team_and_no_more(*arguments):
+    team = start_team(*arguments)
+    ctypes.CDLL(None).setenv(b"NO_THREADS", b"1", 1)
+    return team
+fourfold.engine.start_team = start_team_and_no_more
+try:
+    fourfold.engine.Engine(sys.argv[1], ranks=2, weights="disk")
+except FourfoldError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_without_a_thread_to_read_with_no_weights_stay_on_disk(nf4: Path, tmp_path: Path) -> None:
+    message = "model.safetensors with (Resource temporarily unavailable); raise this process's limit of threads\n"
+    printed = preload.run(NO_READER, tmp_path, str(nf4), timeout=30)
+    assert printed.startswith("RuntimeFailure the system gives no thread to read")
+    assert printed.endswith(message)
+
+
+FORK = """
+import os, sys, time
+from fourfold.engine import Engine
+from fourfold.errors import RuntimeFailure
+engine = Engine(sys.argv[1], ranks=2, weights="disk")
+before = engine.logits([1, 2, 3])
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if (engine.logits([1, 2, 3]) == before).all() else 3)
+try:
+    engine.logits([1, 2, 3])
+except RuntimeFailure as error:
+    print(error, flush=True)
+engine.close()
+os._exit(0)
+"""
+
+
+def test_a_forked_process_waits_for_no_disk(nf4: Path) -> None:
+    """Neither in a step nor at the end."""
+    command = [sys.executable, "-c", FORK, str(nf4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
+    assert done.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
 
 
 # ---- who decides

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +150,66 @@ os._exit(0 if (fourfold.linear(x, w, threads=4) == before).all() else 3)
 
 def test_a_forked_child_multiplies_too() -> None:
     assert subprocess.run([sys.executable, "-c", FORK], timeout=60).returncode == 0
+
+
+NO_MEMORY = """
+import resource
+import numpy as np
+import fourfold
+weights = np.ones((128, 1 << 19), np.float32)
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (150 << 20),) * 2)  # which eight threads' columns exceed
+try:
+    fourfold.quantize(weights, threads=8)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+def test_a_lack_of_memory_is_an_error_in_any_number_of_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "MemoryError\n", "")
+
+
+WRONG_ISA = """
+import os
+import numpy as np
+import fourfold
+from fourfold.errors import UnsupportedError
+weights = np.ones((16, 64), np.float32)
+calls = [lambda: fourfold.quantize(weights), lambda: fourfold.linear(weights, w), lambda: w.dequantize()]
+w = fourfold.QuantizedMatrix("bf16", (16, 64), np.zeros((1, 2048), np.uint8), None)
+for call in calls:
+    try:
+        call()
+    except UnsupportedError as error:
+        print(error)
+os.environ.pop("FOURFOLD_ISA")
+for call in calls:
+    call()
+"""
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    """And not taken for a matter of the weights."""
+    environment = os.environ | {"FOURFOLD_ISA": "sse9"}
+    command = [sys.executable, "-c", WRONG_ISA]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("FOURFOLD_ISA=sse9 is no instruction set: choose one of") for line in lines)
+
+
+class RefusesAdvice(mmap.mmap):
+    def madvise(self, *advice: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_a_kernel_without_huge_pages_quantizes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = numbers(2048, 4096)
+    expected = fourfold.quantize(weights)
+    monkeypatch.setattr(mmap, "mmap", RefusesAdvice)
+    np.testing.assert_array_equal(fourfold.quantize(weights).panels, expected.panels)
 
 
 W = fourfold.quantize(numbers(40, 64))

@@ -34,7 +34,7 @@ def chain(team: Any) -> Chain:
 @pytest.mark.parametrize(("n_ranks", "n_threads"), [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_a_thread_that_stalls_is_named_and_the_team_gives_up(n_ranks: int, n_threads: int) -> None:
     # The first thread of all is the caller, who is told when it goes on; by then the others know.
-    for rank, thread, seconds, told_after in ((0, 0, 1.8, 3), (n_ranks - 1, n_threads - 1, 3, 2.5)):
+    for rank, thread, seconds, told_after in ((0, 0, 4, 6), (n_ranks - 1, n_threads - 1, 3, 2.5)):
         work = chain(team := make_team(n_ranks, n_threads, timeout=0.5))
         work.step()
         team.stall_next(rank, thread, seconds)
@@ -62,6 +62,30 @@ def test_a_step_gives_the_same_bits_every_time(n_ranks: int, n_threads: int) -> 
     assert (again.step() == first).all()
 
 
+BUSY = "import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])])\nprint(flush=True)\nwhile True: pass"
+
+
+def test_a_stall_is_found_in_its_time_where_others_want_the_cpu_too() -> None:
+    cpus = sorted(cpu for node in _core.read_machine().usable_cpus() for cpu in node)
+    work = chain(team := make_team(2, 1, timeout=0.3))
+    work.step()
+    command = [sys.executable, "-c", BUSY, str(cpus[0])]
+    others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(10)]
+    try:
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.read(1)
+        team.stall_next(1, 0, 8)
+        start = time.monotonic()
+        with pytest.raises(_core.StallError, match=r"^rank 1, thread 0 did not arrive within"):
+            work.step()
+        assert time.monotonic() - start < 4
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+
+
 LATE = """
 import time
 import fourfold._core as _core
@@ -86,6 +110,34 @@ except _core.StallError:
 def test_a_thread_that_wakes_up_while_the_process_ends_does_no_harm() -> None:
     ended = subprocess.run([sys.executable, "-c", LATE], cwd=Path(__file__).parent, capture_output=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+FORK = """
+import os, sys, time
+import fourfold._core as _core
+from chain import make_team
+from test_team import chain
+
+work = chain(make_team(2, 2))
+first = work.step()
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(status if (work.step() == first).all() else "the parent's team is not what it was")
+try:
+    work.step()
+except _core.StallError as error:
+    print(error, flush=True)
+del work
+os._exit(0)
+"""
+
+
+def test_a_forked_process_is_told_that_it_has_no_team() -> None:
+    """At once: it does not wait for threads that are not there."""
+    command = [sys.executable, "-c", FORK]
+    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=40)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
 
 
 def test_a_short_delay_is_not_a_stall() -> None:

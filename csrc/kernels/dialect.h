@@ -3,9 +3,9 @@
 //
 //   kLanes floats a Vec; load and store need no alignment; fma(a, b, c) = a * b + c, fnma(a, b, c) = c - a * b.
 //   add_pairs adds the products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in an
-//   order of its own. exp is within 2 units in the last place for x <= 0 (all it is used for), and exp(-87) = 1.6e-38
-//   below -87. store_bf16 rounds 2 kLanes floats to bfloat16, store_pair_order 32 of them in kPairOrder; subnormals may
-//   become zero, as which the products take them.
+//   order of its own. exp is within 2 units in the last place for x <= 0 (all it is used for), exp(-87) = 1.6e-38 below
+//   -87, and NaN of NaN. max(a, b) is b where one of them is NaN. store_bf16 rounds 2 kLanes floats to bfloat16,
+//   store_pair_order 32 of them in kPairOrder; subnormals may become zero, as which the products take them.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -159,7 +159,7 @@ inline float largest(Vec v) { return v; }
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; r in two steps (Cody and Waite), exp(r) by its Taylor
 // polynomial of degree 7, whose remainder is below 2^-24 exp(r) there.
 inline Vec exp(Vec x) {
-    x = max(set1(-87.0f), x);  // in this order what is not a number stays so
+    x = max(set1(-87.0f), x);  // in this order a NaN stays one
     const Vec n = round_even(mul(x, set1(1.44269504f)));
     const Vec r = fnma(n, set1(-2.12194440e-4f), fnma(n, set1(0.693359375f), x));
     Vec y = set1(1.0f / 5040);

@@ -6,6 +6,7 @@ Arrays are numpy's, or any CPU array that speaks DLPack (PyTorch, JAX, TensorFlo
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -18,7 +19,7 @@ import fourfold._core as _core
 from fourfold.config import FORMATS, WeightFormat
 from fourfold.errors import UserError
 from fourfold.format import SCALED, n_panels, panel_bytes
-from fourfold.machine import checked_threads, read_machine
+from fourfold.machine import checked_threads, choose_isa, read_machine
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 # The native core's numbering of what it takes and gives (csrc/format.h, NumberType).
@@ -59,6 +60,7 @@ class QuantizedMatrix:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The values that are multiplied: float32 (N, K)."""
+        own_isa()
         values = np.empty(self.shape, np.float32)
         scales = 0 if self.scales is None else self.scales.ctypes.data
         panels, threads = self.panels.ctypes.data, default_threads()
@@ -73,9 +75,10 @@ class QuantizedMatrix:
 def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> QuantizedMatrix:
     """A weight matrix (N, K) of float32, float16, bfloat16 or float64, as `y = x @ w.T` wants it, in a weight format.
 
-    Raises UserError for another shape or type, an impossible number of threads, and where a weight is NaN or infinite.
+    Raises UserError for another shape or type, an impossible number of threads, and where a weight is NaN or infinite;
+    UnsupportedError as `own_isa` does.
     """
-    chosen, n_threads, rows = check_format(format), _n_threads(threads), as_array(array)
+    chosen, n_threads, rows, isa = check_format(format), _n_threads(threads), as_array(array), own_isa()
     if rows.ndim != 2 or 0 in rows.shape:
         raise UserError(f"a weight matrix has two axes (outputs, inputs), neither empty; this array is {rows.shape}")
     n, k = rows.shape
@@ -84,7 +87,7 @@ def quantize(array: Any, format: str = "nf4", *, threads: int | None = None) -> 
     source = np.ascontiguousarray(rows)
     try:
         words = source.view(np.uint16) if source.dtype == BF16 else source
-        _core.pack(words, chosen, panels, scales, threads=n_threads)
+        _core.pack(words, chosen, panels, scales, threads=n_threads, isa=isa)
     except ValueError as error:
         raise UserError(f"weights must be finite numbers: {error}") from None
     return QuantizedMatrix(chosen, (n, k), panels, scales)
@@ -95,8 +98,9 @@ def linear(x: Any, w: QuantizedMatrix, bias: Any = None, *, threads: int | None 
 
     x is float32, float16 or bfloat16; float64 is computed, and returned, as float32. Sums are float32, and the result
     is the same bits whatever the number of threads. Raises UserError for other shapes and types, and for an impossible
-    number of threads.
+    number of threads; UnsupportedError as `own_isa` does.
     """
+    own_isa()
     n_threads = _n_threads(threads)
     if not isinstance(w, QuantizedMatrix):
         raise UserError(f"linear multiplies by what fourfold.quantize made, not by {type(w).__name__}")
@@ -187,10 +191,17 @@ def huge_empty(shape: tuple[int, int]) -> NDArray[np.uint8]:
     if size < 2 * huge:
         return np.empty(shape, np.uint8)
     pages = mmap.mmap(-1, size + huge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     all_bytes = np.frombuffer(pages, np.uint8)
     begin = -all_bytes.ctypes.data % huge
     return all_bytes[begin : begin + size].reshape(shape)
+
+
+@cache
+def own_isa() -> str:
+    """What this process computes with. Raises UnsupportedError where FOURFOLD_ISA names what is not to be had."""
+    return choose_isa()
 
 
 @cache

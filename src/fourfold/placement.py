@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import fourfold._core as _core
+from fourfold.errors import ResourceError
 from fourfold.machine import Machine, RankPlan
 
 PAGE_BYTES, HUGE_PAGE_BYTES = 4096, 2 << 20
@@ -16,11 +17,18 @@ Region = tuple[str, int, int, int]  # (kind, rank, address, bytes), as Program.m
 
 def start_team(machine: Machine, plan: Sequence[RankPlan], timeout_seconds: float = 60.0) -> Any:
     """The native team of a plan. Ranks on several nodes get memory of their own node alone, which takes it back from
-    cached files where those fill it. Ranks that are all at home on one node may overflow to the others.
+    cached files where those fill it. Ranks that are all at home on one node may overflow to the others. Raises
+    ResourceError where the system gives no more threads.
     """
     is_numa = len(machine.nodes) > 1
     ranks = [(rank.node if is_numa else -1, rank.cpus) for rank in plan]
-    return _core.Team(ranks, timeout_seconds, uses_one_node(plan))
+    try:
+        return _core.Team(ranks, timeout_seconds, uses_one_node(plan))
+    except RuntimeError as error:
+        n_threads = sum(len(rank.cpus) for rank in plan)
+        raise ResourceError(
+            f"the system does not give this process {n_threads} threads ({error}); ask for fewer, or raise its limit"
+        ) from None
 
 
 def uses_one_node(plan: Iterable[RankPlan]) -> bool:

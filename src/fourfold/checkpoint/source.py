@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -108,7 +109,8 @@ class MappedFile:
     def _advise(self, advice: int, start: int, stop: int) -> None:
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and stop > begin:
-            self._map.madvise(advice, begin, stop - begin)
+            with suppress(OSError):  # it is refused where, say, the process has its pages locked in memory
+                self._map.madvise(advice, begin, stop - begin)
 
 
 @dataclass(frozen=True)

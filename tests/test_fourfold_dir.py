@@ -191,6 +191,52 @@ def test_a_flipped_bit_in_another_file_is_named(converted: Path) -> None:
         verify(converted)
 
 
+def test_every_flipped_bit_of_the_manifest_is_found_when_it_is_opened(converted: Path) -> None:
+    file = converted / "manifest.json"
+    data = file.read_bytes()
+    for offset in range(0, len(data), 7):
+        for bit in (1, 0x20):
+            file.write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
+            with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                open_directory(converted)
+    file.write_bytes(data)
+    assert verify(converted)
+
+
+def test_a_manifest_from_before_it_had_a_hash_of_its_own_is_read(converted: Path) -> None:
+    manifest = json.loads((converted / "manifest.json").read_text())
+    del manifest["sha256"]
+    (converted / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert verify(converted)
+    assert inspect(converted)["source"] == "0123"
+
+
+def test_a_flipped_bit_in_the_configuration_is_found_when_it_is_opened(converted: Path) -> None:
+    config = (converted / "config.json").read_bytes()
+    (converted / "config.json").write_bytes(config.replace(b'"rope_theta": 10000.0', b'"rope_theta": 10001.0'))
+    assert (converted / "config.json").read_bytes() != config
+    with pytest.raises(CheckpointError, match=r"is damaged \(file config.json\)"):
+        open_directory(converted)
+
+
+def test_a_file_that_was_put_there_later_and_would_be_read_is_found(converted: Path) -> None:
+    (converted / "notes.txt").write_text("mine")
+    assert verify(converted)
+    (converted / "chat_template.jinja").write_text("Say no.")
+    with pytest.raises(CheckpointError, match=r"damaged \(file chat_template.jinja, which was not converted\)"):
+        verify(converted)
+
+
+@pytest.mark.parametrize("change", ["tensors", "files"])
+def test_another_models_identity_is_another(converted: Path, change: str) -> None:
+    before = open_directory(converted).identity
+    manifest = json.loads((converted / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest[change][min(manifest[change].keys() - {"config.json"})] = "f" * 64
+    (converted / "manifest.json").write_text(json.dumps(manifest))
+    assert open_directory(converted).identity != before
+
+
 @pytest.mark.parametrize("file", FILES[:3])
 @pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
 def test_a_truncated_or_missing_file_is_an_error(converted: Path, file: str, keep: float) -> None:

@@ -136,9 +136,9 @@ class Scheduler:
                 self._pool.free(sequence)
                 return
             generation.sequence, generation.n_shared = sequence, n_kept
-            if not generation.completion_tokens:
-                generation.cached_tokens = sequence.length
-            self.tokens_reused += sequence.length
+            n_reused = generation.count(sequence.length)
+            generation.cached_tokens += n_reused
+            self.tokens_reused += n_reused
             self.waiting.remove(generation)
             insort(self.running, generation, key=lambda g: g.arrival)
             under_way |= set(generation.keys(self._pool.page, generation.n_many)[n_kept:])

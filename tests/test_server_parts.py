@@ -6,6 +6,7 @@ import json
 import logging
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
 from fourfold.server.auth import Keys
+from fourfold.server.limits import Limits
 from fourfold.server.log import JsonLines, PlainLines, request_id
 from fourfold.server.options import ServeOptions, load_options
+from fourfold.server.service import Service
 from fourfold.server.tools import ArgumentsGoOn, CallBegins, CallReader
 from fourfold.tokenizer import Tokenizer
 
@@ -211,3 +214,34 @@ def test_the_bytes_of_ids_are_those_of_their_text(text: str, shared: Path, yuan_
         assert all(
             vocabulary.tokens[i].decode() == tokenizer.decode([i], skip_special=False) for i in tokenizer.eos_ids
         )
+
+
+FACTS = {"identity": "0" * 64, "kv": "bf16", "rope_angles": "f32", "isa": "avx2", "ranks": 1, "kernels_decode": {"a": "b"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": "1" * 64},
+        {"kv": "int8"},
+        {"rope_angles": "bf16"},
+        {"isa": "avx512"},
+        {"ranks": 2},
+        {"kernels_decode": {"a": "c"}},
+        {"context": 99},
+        {"template": ChatTemplate("{{ messages }}")},
+        {"prefix_cache": "off"},
+    ],
+)
+def test_the_fingerprint_changes_with_whatever_changes_answers(change: dict[str, Any]) -> None:
+    def fingerprint(name: str, changed: dict[str, Any]) -> str:
+        facts = FACTS | {key: changed[key] for key in changed.keys() & FACTS.keys()}
+        engine: Any = SimpleNamespace(context=changed.get("context", 100), describe=lambda: facts)
+        rest = {key: changed[key] for key in changed.keys() & {"prefix_cache"}}
+        nothing: Any = None
+        template = changed.get("template")
+        service = Service(name, engine, nothing, template, Limits(), nothing, nothing, **rest)
+        service.texts.shutdown()
+        return service.fingerprint
+
+    assert fingerprint("model", change) != fingerprint("model", {}) == fingerprint("another name of it", {})

@@ -75,6 +75,11 @@ class ChatTemplate:
                 f"{self._name} writes {SEPARATOR}, which the model's tokenizer does not know; it is for Yuan alone"
             )
 
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
+
     def names(self, variable: str) -> bool:
         """Whether the template reads a variable, such as `tools`."""
         from jinja2.meta import find_undeclared_variables

@@ -98,6 +98,7 @@ def _service(llm: LLM, options: ServeOptions) -> Service:
         limits=options.limits,
         metrics=metrics,
         worker=worker,
+        prefix_cache=options.prefix_cache,
     )
 
 

@@ -216,7 +216,14 @@ def test_the_bytes_of_ids_are_those_of_their_text(text: str, shared: Path, yuan_
         )
 
 
-FACTS = {"identity": "0" * 64, "kv": "bf16", "rope_angles": "f32", "isa": "avx2", "ranks": 1, "kernels_decode": {"a": "b"}}
+FACTS = {
+    "identity": "0" * 64,
+    "kv": "bf16",
+    "rope_angles": "f32",
+    "isa": "avx2",
+    "ranks": 1,
+    "kernels_decode": {"a": "b"},
+}
 
 
 @pytest.mark.parametrize(

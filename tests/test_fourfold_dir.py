@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import fake_source
 from fourfold import conversion
 from fourfold.checkpoint.fourfold_dir import inspect, kind_of, open_directory, verify
 from fourfold.config import FORMATS
-from fourfold.errors import CheckpointError, FourfoldError
+from fourfold.errors import CheckpointError, FourfoldError, UserError
 from fourfold.format import TILE_N, pack, unpack
 from fourfold.models import weight_specs
 
@@ -128,6 +132,50 @@ def test_the_cache_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert conversion.cached(tmp_path / "model.gguf", "int8") != first
     assert verify(first)
     assert len(list(first.parent.iterdir())) == 2  # no lock, nothing unfinished
+
+
+def test_a_conversion_is_taken_from_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made beforehand, by another user, say: a service may see its file system read-only."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    first = conversion.cached("model.gguf", "nf4")
+    monkeypatch.setattr(conversion, "_locked", refuse)
+    assert conversion.cached("model.gguf", "nf4") == first
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); name another in FOURFOLD_CACHE"):
+        conversion.cached("model.gguf", "int8")
+
+
+def test_whoever_waits_for_anothers_conversion_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = fake_source.tensors()
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(tensors))
+    begun, told = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+
+        def progress(done: int, total: int) -> None:
+            begun.set()
+            assert told.wait(60)
+
+        first = pool.submit(conversion.cached, "model.gguf", "nf4", progress=progress)
+        assert begun.wait(60)
+        heard: list[str] = []
+
+        def notice(sentence: str) -> None:
+            heard.append(sentence)
+            told.set()
+
+        second = pool.submit(conversion.cached, "model.gguf", "nf4", notice=notice)
+        assert second.result(60) == first.result(60)
+    assert [sentence.split(" (")[0] for sentence in heard] == [
+        "another process is converting this model already; waiting for it"
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == [first.result().name]
 
 
 def test_the_cache_keeps_nothing_of_a_source_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def _tell(machine: dict[str, Any], facts: dict[str, Any], *, plain: bool) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stderr, highlight=False)
+    console = Console(file=sys.stderr, highlight=False, markup=False)
     doctor.render(machine, console)
     table = Table(
         title="To be served", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 
 from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
+from fourfold.request import Update
 from fourfold.server.auth import Keys
+from fourfold.server.chat_answer import Answer
 from fourfold.server.limits import Limits
 from fourfold.server.log import JsonLines, PlainLines, request_id
 from fourfold.server.options import ServeOptions, load_options
 from fourfold.server.service import Service
-from fourfold.server.tools import ArgumentsGoOn, CallBegins, CallReader
+from fourfold.server.tools import ArgumentsGoOn, CallBegins, CallReader, Tools
 from fourfold.tokenizer import Tokenizer
+from fourfold.vocabulary import Vocabulary
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -80,6 +83,23 @@ def test_an_unfinished_call_is_told_as_far_as_it_goes() -> None:
     assert read(["a <tool", "_ca"]) == ("a <tool_ca", [])
 
 
+@pytest.mark.parametrize(
+    ("said", "finish", "reason"),
+    [
+        (written("f", {"a": 1}), "stop", "tool_calls"),
+        (written("f", {"a": 1})[:-3], "stop", "tool_calls"),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "stop", "stop"),  # a stop string ended it there
+        (written("f", {}) + '\n<tool_call>\n{"name": "g", "argum', "stop", "stop"),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "length", "length"),
+    ],
+)
+def test_an_answer_ends_in_calls_only_where_they_are_whole(said: str, finish: Any, reason: str) -> None:
+    answer = Answer(0, Tools([], "auto", several=True), False, Vocabulary((), frozenset()))
+    generation: Any = None
+    answer.push(Update(generation, text=said, finish=finish))
+    assert answer.finish_reason == reason
+
+
 def test_one_call_alone() -> None:
     text, calls = read([written("f", {}) + "\n" + written("g", {})], several=False)
     assert [name for name, _ in calls] == ["f"]
@@ -111,6 +131,9 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
     assert not Keys.load(None)
     with pytest.raises(OSError, match="No such file"):
         Keys.load(tmp_path / "nothing")
+    file.write_bytes(b"\xff\xfe" * 20)
+    with pytest.raises(UserError, match="keys is not text; write one key a line"):
+        Keys.load(file)
 
 
 def test_every_flag_is_an_option_and_the_other_way_round() -> None:
@@ -144,6 +167,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("root_path = 'x/'", "root_path cannot be 'x/'"),
         ("max_n = 0", "max_n cannot be 0"),
         ("[limits]\nmax_n = 1", "has a key 'limits'"),
+        ("cors_origin = ['https://a', 7]", r"cors_origin cannot be \['https://a', 7\]: .*it is 7"),
+        ("max-n = 3\nmax_n = 4", "sets max_n twice"),
     ],
 )
 def test_a_file_with_a_mistake(tmp_path: Path, line: str, says: str) -> None:

@@ -42,7 +42,10 @@ class Keys:
         """Of a file, one a line, lines with # in front left out, and of FOURFOLD_API_KEY."""
         keys = [os.environ[VARIABLE]] if os.environ.get(VARIABLE) else []
         if file is not None:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            try:
+                lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            except UnicodeDecodeError:
+                raise UserError(f"{file} is not text; write one key a line") from None
             found = [line for line in lines if line and not line.startswith("#")]
             if not found:
                 raise UserError(f"{file} has no key in it; write one a line")

@@ -105,8 +105,9 @@ def load_options(flags: Mapping[str, Any], config: Path | None) -> ServeOptions:
         return ServeOptions(**merged)
     except ValidationError as error:
         message, name = explain(error.errors())
+        option = str(name).partition("[")[0]
         message = message.removeprefix(f"{name}: ")
-        raise UserError(f"{name} cannot be {merged.get(name or '')!r}: {message}") from None
+        raise UserError(f"{option} cannot be {merged.get(option)!r}: {message}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -114,7 +115,11 @@ def _read(file: Path) -> dict[str, Any]:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}") from None
-    keys = {name.replace("-", "_"): value for name, value in found.items()}
+    keys: dict[str, Any] = {}
+    for name, value in found.items():
+        if (key := name.replace("-", "_")) in keys:
+            raise UserError(f"{file} sets {key} twice, with - and with _; leave one out")
+        keys[key] = value
     if unknown := sorted(set(keys) - set(ServeOptions.model_fields)):
         raise UserError(
             f"{file} has a key {unknown[0]!r}, which is no option of `fourfold serve`; its --help lists them"

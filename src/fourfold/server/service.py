@@ -75,7 +75,7 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever changes the bits of answers: version, weights, tokenizer, template, kernels, options."""
+        """Changes with whatever changes the bits of answers: version, model, template, kernels, options."""
         import fourfold
 
         names = ("identity", "kv", "rope_angles", "isa", "ranks", "kernels_decode", "kernels_prefill")

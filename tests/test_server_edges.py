@@ -322,3 +322,10 @@ def test_a_model_that_fails_ends_every_request_and_the_server(failure: Exception
         assert not server.thread.is_alive()
         assert str(failure) in (server.service.worker.failure or "")
         server.service.is_draining = True
+
+
+@pytest.mark.parametrize("context", [1, 3, 4, 5])
+def test_a_context_of_a_few_positions_is_served(context: int) -> None:
+    with served("x" * 9, context=context) as server:
+        choice = server.complete(prompt=[65], max_tokens=4).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("x" * min(4, context), "length")

@@ -277,6 +277,8 @@ def test_more_texts_than_a_step_has_rows_for_are_refused() -> None:
     for n in (0, 257):
         with pytest.raises(UserError, match=f"max_running must be from 1 to 256, not {n}"):
             Limits(max_running=n)
+    with pytest.raises(UserError, match="prefix_cache must be one of all, prompts, off, not 'none'"):
+        Limits(prefix_cache="none")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

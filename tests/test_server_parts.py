@@ -178,6 +178,28 @@ def test_a_file_with_a_mistake(tmp_path: Path, line: str, says: str) -> None:
         load_options({"model": "m"}, file)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2", "smollm2"),
+        ("m.gguf", "m.gguf"),
+        (".", "here"),
+        ("../here/", "here"),
+        ("./..", "above"),
+        ("/", "model"),
+    ],
+)
+def test_the_name_of_a_model_is_that_of_its_place(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert load_options({"model": model}, None).served_name == name
+    assert load_options({"model": model, "name": "mine"}, None).served_name == "mine"
+    with pytest.raises(UserError, match="name cannot be ''"):
+        load_options({"model": model, "name": ""}, None)
+
+
 def test_a_model_must_be_named() -> None:
     with pytest.raises(UserError, match="there is no model to serve; name one"):
         load_options({}, None)

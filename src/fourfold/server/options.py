@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ class ServeOptions(BaseModel):
     # where, and for whom
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any that is free
-    name: str | None = None  # by which clients ask; the model's own
+    name: str | None = Field(None, min_length=1)  # by which clients ask; the model's own
     api_key_file: str | None = None
     root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # below which a proxy mounts the server
     cors_origin: list[str] = []
@@ -85,6 +86,11 @@ class ServeOptions(BaseModel):
     def step_limits(self) -> StepLimits:
         """Those of the step loop."""
         return StepLimits(**{name: getattr(self, name) for name in StepLimits.__dataclass_fields__})
+
+    @property
+    def served_name(self) -> str:
+        """By which clients ask: that of the directory or file, also where it is given as `.` or `..`."""
+        return self.name or Path(os.path.abspath(Path(self.model).expanduser())).name or "model"
 
     @property
     def is_local(self) -> bool:

@@ -91,7 +91,7 @@ def _service(llm: LLM, options: ServeOptions) -> Service:
     worker = Worker(llm.new_loop(options.step_limits, speculates=options.speculate))
     worker.observer = metrics = Metrics(lambda: worker.stats, read_gb_s)
     return Service(
-        name=options.name or Path(options.model).name,
+        name=options.served_name,
         engine=llm.engine,
         tokenizer=llm.tokenizer,
         template=template,

@@ -28,7 +28,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 import fourfold._core as _core
-from fourfold.checkpoint import Source, check_complete, open_source
+from fourfold.checkpoint import Source, check_complete, check_copied_head, open_source
 from fourfold.checkpoint.fourfold_dir import VERSION, Progress, kind_of, open_directory
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import WeightFormat
@@ -90,6 +90,7 @@ def convert(
     asked, n_threads = None if fmt is None else check_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
+    check_copied_head(source)
     formats = choose_formats(specs, source, asked)
     isa = choose_isa()  # before anything is made: it may raise
     if notice:

@@ -206,7 +206,8 @@ BLOCKS = "".join(
         "{% set n = namespace(a='x') %}{% set n.a = n %}{{ n }}",
         "{% set n = namespace(i=9) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",
         "{{ (['x' * 9000000] * 1000) | join }}",
-        "{{ range(90000) | map('default', 'x' * 9000000) | map('upper') | join }}",
+        "{{ range(90000) | map(attribute='x') | map('default', 'x' * 9000000) | map('upper') | join }}",
+        "{% set n = namespace(l=[]) %}{% for i in range(9) %}{% set n.l = n.l + [('a ' * 999999)|list] %}{% endfor %}",
         "{{ (['x' * 1000000] * 9) | map('upper') | list | sum(start=[]) }}",
         "{{ ('\\n' * 5000) | indent(1000000) }}",
         "{{ range(5000) | list | tojson(indent=1000000) }}",
@@ -231,9 +232,12 @@ def test_filters_that_no_prompt_needs_are_not_there(name: str) -> None:
 
 
 def test_a_long_chat_is_well_within_bounds() -> None:
+    """As long as a body may be, by a template that looks at all of it again and again."""
     source = "{% set ns = namespace(seen=[], text='') %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"
-    source += "{% set ns.text = ns.text + m.content[:9] | trim %}{% if 'x' in m['content'] and m != messages[-1] %}"
-    source += "{{ m.role | upper }}: {{ m.content }}\n{% endif %}{% endfor %}{{ ns.seen | length }}{{ ns.text[-3:] }}"
+    source += "{% set ns.text = ns.text + m.content[:9] | trim %}{% set rest = messages[loop.index0 + 1:] %}"
+    source += "{% if 'x' in m['content'] and m != messages[-1] and messages is defined and messages | length > 2 %}"
+    source += "{{ m.role | upper }}: {{ m.content }}\n{% endif %}{% if loop.index0 == messages | length - 1 %}"
+    source += "{{ rest | length }}{{ (messages | first).role }}{% endif %}{% endfor %}{{ ns.seen | length }}"
     turns = [{"role": "user", "content": "x" * 1900} for _ in range(2047)]
     rendered = ChatTemplate(source).render([*turns, {"role": "user", "content": "the end"}])
-    assert rendered == ("USER: " + "x" * 1900 + "\n") * 2047 + "2048end"
+    assert rendered == ("USER: " + "x" * 1900 + "\n") * 2047 + "0user2048"

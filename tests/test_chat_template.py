@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -174,3 +175,69 @@ def test_what_templates_do_with_texts_is_not_in_the_way_of_large_numbers_in_mess
     source += " {{ '%05.2f' % 3.14159 }} {{ messages|map(attribute='role')|join(', ')|center(8) }} {{ 7 % 3 }}"
     rendered = ChatTemplate(source).render([{"role": "user", "content": "0123456789"}])
     assert rendered == "0123456789! 0723456789{x} 03.14   user   1"
+
+
+def doubled(value: str, more: str, n: int = 40) -> str:
+    """A value that holds two of itself, which hold two of themselves."""
+    return f"{{% set a = {value} %}}" + f"{{% set a = {more} %}}" * n
+
+
+MACROS = "{% macro m0() %}{% endmacro %}" + "".join(
+    f"{{% macro m{i}() %}}{{{{ m{i - 1}() }}}}{{{{ m{i - 1}() }}}}{{% endmacro %}}" for i in range(1, 40)
+)
+BLOCKS = "".join(
+    f"{{% block b{i} %}}{{{{ self.b{i + 1}() }}}}{{{{ self.b{i + 1}() }}}}{{% endblock %}}" for i in range(25)
+)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        MACROS + "{{ m39() }}",
+        BLOCKS + "{% block b25 %}{% endblock %}",
+        "{% macro c() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call c() %}" * 22 + "{% endcall %}" * 22,
+        doubled("['x']", "[a, a]") + "{{ a }}",
+        doubled("('x',)", "(a, a)") + "{{ a | tojson }}",
+        doubled("{'x': 1}", "{'l': a, 'r': a}") + "{{ a ~ 'x' }}",
+        doubled("dict(x=1)", "dict(l=a, r=a)") + "{{ a | string }}",
+        doubled("['x']", "[a] * 2") + "{{ '%s' % a }}",
+        doubled("['x']", "[a, a]") + "{% for x in a recursive %}{{ loop(x) }}{% endfor %}",
+        "{% set n = namespace(a='x') %}{% set l = [n, n] %}{{ l }}",
+        "{% set n = namespace(a='x') %}{% set n.a = n %}{{ n }}",
+        "{% set n = namespace(i=9) %}{% for i in range(60) %}{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",
+        "{{ (['x' * 9000000] * 1000) | join }}",
+        "{{ range(90000) | map(attribute='x') | map('default', 'x' * 9000000) | map('upper') | join }}",
+        "{% set n = namespace(l=[]) %}{% for i in range(9) %}{% set n.l = n.l + [('a ' * 999999)|list] %}{% endfor %}",
+        "{{ (['x' * 1000000] * 9) | map('upper') | list | sum(start=[]) }}",
+        "{{ ('\\n' * 5000) | indent(1000000) }}",
+        "{{ range(5000) | list | tojson(indent=1000000) }}",
+        "{{ ('x' * 1000000).translate({120: 'y' * 1000000}) }}",
+        "{% set a = 'a' * 9000000 %}{% for i in range(90000) %}{{ 'b' in a }}{% endfor %}",
+        "{% set a = 'a' * 9000000 %}{% for i in range(90000) %}{{ a.count('b') }}{% endfor %}",
+        "{% set a = 'a' * 9000000 %}{% for i in range(90000) %}{% set b = a[i:] %}{% endfor %}",
+        "{% set b = range(99999) | list %}{% for x in b recursive %}{{ loop(b) if loop.depth0 < 1 }}{% endfor %}",
+    ],
+)
+def test_a_template_can_neither_hang_nor_fill_the_memory(source: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match="not safe to run"):
+        ChatTemplate(source).render(HELLO)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("name", ["pprint", "wordwrap", "slice", "batch", "urlize"])
+def test_filters_that_no_prompt_needs_are_not_there(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"No filter named '{name}'"):
+        ChatTemplate(f"{{{{ messages | {name} }}}}")
+
+
+def test_a_long_chat_is_well_within_bounds() -> None:
+    """As long as a body may be, by a template that looks at all of it again and again."""
+    source = "{% set ns = namespace(seen=[], text='') %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"
+    source += "{% set ns.text = ns.text + m.content[:9] | trim %}{% set rest = messages[loop.index0 + 1:] %}"
+    source += "{% if 'x' in m['content'] and m != messages[-1] and messages is defined and messages | length > 2 %}"
+    source += "{{ m.role | upper }}: {{ m.content }}\n{% endif %}{% if loop.index0 == messages | length - 1 %}"
+    source += "{{ rest | length }}{{ (messages | first).role }}{% endif %}{% endfor %}{{ ns.seen | length }}"
+    turns = [{"role": "user", "content": "x" * 1900} for _ in range(2047)]
+    rendered = ChatTemplate(source).render([*turns, {"role": "user", "content": "the end"}])
+    assert rendered == ("USER: " + "x" * 1900 + "\n") * 2047 + "0user2048"

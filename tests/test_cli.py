@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fourfold import cli, cli_evaluate, cli_generate, llm
+import fake_source
+from fourfold import cli, cli_evaluate, cli_generate, conversion, llm
 from fourfold.errors import RuntimeFailure, UserError
+from fourfold.progress import bar, warn
 from scripted import scripted_llm
 
 Run = Callable[..., tuple[int, str, str]]
@@ -208,6 +210,24 @@ def test_help_and_version(run: Run) -> None:
 def test_doctor_prints_json(run: Run) -> None:
     document = json.loads(run("doctor", "--quick", "--json")[1].splitlines()[-1])
     assert document["uses"]["isa"] in document["machine"]["isas"]
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "[bold]x[" / "y]"
+    path.mkdir(parents=True)
+    conversion.convert(fake_source.source(fake_source.tensors()), path / "m", "nf4")
+    status, out, _ = run("verify", str(path / "m"))
+    assert (status, "".join(out.split()).partition("intact")[0]) == (0, f"path{path / 'm'}")
+    warn(f"{path} is odd")
+    assert capsys.readouterr().err == f"! {path} is odd\n"
+
+
+def test_a_bar_shows_any_title(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with bar("converting [bold]x[/y]") as report:
+        report(1, 2)
+    assert "converting [bold]x[/y]" in capsys.readouterr().err
 
 
 def test_eval_compares_two_models(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

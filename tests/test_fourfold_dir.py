@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import fake_source
 from fourfold import conversion
 from fourfold.checkpoint.fourfold_dir import inspect, kind_of, open_directory, verify
 from fourfold.config import FORMATS
-from fourfold.errors import CheckpointError, FourfoldError
+from fourfold.errors import CheckpointError, FourfoldError, UserError
 from fourfold.format import TILE_N, pack, unpack
 from fourfold.models import weight_specs
 
@@ -130,6 +134,50 @@ def test_the_cache_converts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list(first.parent.iterdir())) == 2  # no lock, nothing unfinished
 
 
+def test_a_conversion_is_taken_from_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made beforehand, by another user, say: a service may see its file system read-only."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(fake_source.tensors()))
+    first = conversion.cached("model.gguf", "nf4")
+    monkeypatch.setattr(conversion, "_locked", refuse)
+    assert conversion.cached("model.gguf", "nf4") == first
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); name another in FOURFOLD_CACHE"):
+        conversion.cached("model.gguf", "int8")
+
+
+def test_whoever_waits_for_anothers_conversion_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = fake_source.tensors()
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(conversion, "open_source", lambda path: fake_source.source(tensors))
+    begun, told = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+
+        def progress(done: int, total: int) -> None:
+            begun.set()
+            assert told.wait(60)
+
+        first = pool.submit(conversion.cached, "model.gguf", "nf4", progress=progress)
+        assert begun.wait(60)
+        heard: list[str] = []
+
+        def notice(sentence: str) -> None:
+            heard.append(sentence)
+            told.set()
+
+        second = pool.submit(conversion.cached, "model.gguf", "nf4", notice=notice)
+        assert second.result(60) == first.result(60)
+    assert [sentence.split(" (")[0] for sentence in heard] == [
+        "another process is converting this model already; waiting for it"
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == [first.result().name]
+
+
 def test_the_cache_keeps_nothing_of_a_source_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
         raise CheckpointError("no")
@@ -189,6 +237,52 @@ def test_a_flipped_bit_in_another_file_is_named(converted: Path) -> None:
     flip(converted / "tokenizer.json", 5)
     with pytest.raises(CheckpointError, match=r"damaged \(file tokenizer.json\)"):
         verify(converted)
+
+
+def test_every_flipped_bit_of_the_manifest_is_found_when_it_is_opened(converted: Path) -> None:
+    file = converted / "manifest.json"
+    data = file.read_bytes()
+    for offset in range(0, len(data), 7):
+        for bit in (1, 0x20):
+            file.write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
+            with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                open_directory(converted)
+    file.write_bytes(data)
+    assert verify(converted)
+
+
+def test_a_manifest_from_before_it_had_a_hash_of_its_own_is_read(converted: Path) -> None:
+    manifest = json.loads((converted / "manifest.json").read_text())
+    del manifest["sha256"]
+    (converted / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    assert verify(converted)
+    assert inspect(converted)["source"] == "0123"
+
+
+def test_a_flipped_bit_in_the_configuration_is_found_when_it_is_opened(converted: Path) -> None:
+    config = (converted / "config.json").read_bytes()
+    (converted / "config.json").write_bytes(config.replace(b'"rope_theta": 10000.0', b'"rope_theta": 10001.0'))
+    assert (converted / "config.json").read_bytes() != config
+    with pytest.raises(CheckpointError, match=r"is damaged \(file config.json\)"):
+        open_directory(converted)
+
+
+def test_a_file_that_was_put_there_later_and_would_be_read_is_found(converted: Path) -> None:
+    (converted / "notes.txt").write_text("mine")
+    assert verify(converted)
+    (converted / "chat_template.jinja").write_text("Say no.")
+    with pytest.raises(CheckpointError, match=r"damaged \(file chat_template.jinja, which was not converted\)"):
+        verify(converted)
+
+
+@pytest.mark.parametrize("change", ["tensors", "files"])
+def test_another_models_identity_is_another(converted: Path, change: str) -> None:
+    before = open_directory(converted).identity
+    manifest = json.loads((converted / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest[change][min(manifest[change].keys() - {"config.json"})] = "f" * 64
+    (converted / "manifest.json").write_text(json.dumps(manifest))
+    assert open_directory(converted).identity != before
 
 
 @pytest.mark.parametrize("file", FILES[:3])

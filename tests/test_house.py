@@ -25,7 +25,7 @@ FLOORS = (
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "keep", "pipeline", "conversion", "synth", "locate"),
     (
-        *("vocabulary", "sampling", "tokenizer", "chat_template", "kvcache"),
+        *("vocabulary", "sampling", "tokenizer", "sandbox", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
     ),
     ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import tiny
+from fourfold import conversion
 from fourfold.checkpoint import Source, check_complete, open_source
+from fourfold.checkpoint import complete as complete_module
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.models import weight_specs
 from reference import forward
@@ -125,6 +127,25 @@ def test_a_copied_head_and_stored_frequencies_are_ignored(model: Path) -> None:
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
 
     complete(open_source(rewritten(model, add)))
+
+
+def test_a_head_that_is_no_copy_is_not_dropped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(complete_module, "COMPARED_BYTES", 1)  # a row at a time
+
+    def add(weights: tiny.Tensors) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+
+    def differ(weights: tiny.Tensors) -> None:
+        weights["lm_head.weight"][-1, -1] += 1
+
+    with open_source(rewritten(model, add)) as source:
+        assert source.config.tie_embeddings
+        conversion.convert(source, tmp_path / "copied", "nf4")
+    with open_source(rewritten(model, differ)) as source:
+        complete(source)
+        with pytest.raises(CheckpointError, match=r"a head of its own, lm_head\.weight, though .*tie_word_embeddings"):
+            conversion.convert(source, tmp_path / "other", "nf4")
+    assert not (tmp_path / "other.partial").exists()
 
 
 def test_a_missing_tensor_is_named(model: Path) -> None:

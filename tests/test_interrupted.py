@@ -162,6 +162,26 @@ def test_a_torn_journal_and_damaged_data_are_done_again(
     assert contents(dst) == contents(converted)
 
 
+@pytest.mark.parametrize("lost", [b"\0" * 700, b'{"weight": "layers.0.q"}\n' * 9, b'[1]\n{"weight": "layers.0.q"'])
+def test_a_journal_whose_end_did_not_reach_the_disk_is_taken_up_before_it(
+    lost: bytes, tmp_path: Path, converted: Path, tensors: dict[str, fake_source.FakeTensor]
+) -> None:
+    dst, journal = tmp_path / "killed", tmp_path / "killed.partial" / "journal.jsonl"
+    child(KILLED, str(dst))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:4]) + lost + b"".join(lines[7:]))
+    assert_resumes(dst, converted, tensors, n_finished=3)
+
+
+def test_a_journal_of_which_nothing_reached_the_disk_begins_anew(
+    tmp_path: Path, converted: Path, tensors: dict[str, fake_source.FakeTensor]
+) -> None:
+    dst, journal = tmp_path / "killed", tmp_path / "killed.partial" / "journal.jsonl"
+    child(KILLED, str(dst))
+    journal.write_bytes(b"\0" * len(journal.read_bytes()))
+    assert_resumes(dst, converted, tensors, n_finished=0)
+
+
 def test_a_partial_of_something_else_is_not_touched(tmp_path: Path) -> None:
     child(KILLED, str(tmp_path / "dst"))
     before = contents(tmp_path / "dst.partial")

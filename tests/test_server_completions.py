@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from fourfold.request import TokenLogprob
+from fourfold.server.logprobs import CompletionScores
+from fourfold.vocabulary import Vocabulary
 from serving import Served, messages, served
 
 
@@ -143,3 +146,29 @@ def test_what_is_no_json_is_refused(paris: Served, content: bytes, says: str) ->
     status, sentence, _ = messages(reply)
     assert status == 400
     assert says in sentence
+
+
+@pytest.mark.parametrize("prompt", ["", "é🙂 ", "<sep>, 世<eos>界"])
+def test_offsets_are_where_tokens_stand_in_the_text(prompt: str) -> None:
+    with served("né 🙂! <sep>世界.<eos>") as server:
+        asked = {"prompt": prompt or "abc", "echo": bool(prompt)}
+        choice = server.complete(logprobs=1, max_tokens=30, **asked).json()["choices"][0]
+        text, scores = choice["text"], choice["logprobs"]
+        assert (text, choice["finish_reason"]) == (prompt + "né 🙂! 世界.", "stop")
+        stands = [*zip(scores["tokens"], scores["text_offset"], strict=True)]
+        whole = {token: at for token, at in stands if not token.startswith(("bytes:", "<eos>", "<bos>", "<sep>"))}
+        assert set(whole) >= {"n", "!", "."}
+        assert all(text[at] == token for token, at in whole.items())
+        assert [at for token, at in stands if token.startswith("bytes:")] == [
+            i for i, character in enumerate(text) for _ in character.encode() if ord(character) > 127
+        ]
+        if prompt.startswith("<sep>"):
+            assert [at for token, at in stands if token in ("<bos>", "<sep>")][:2] == [0, 0]
+            assert stands[2] == (",", 5)
+
+
+def test_the_space_in_front_of_a_sentencepiece_text_has_no_place() -> None:
+    vocabulary = Vocabulary((b"<s>", b" Hello", b" world", b"!"), frozenset({0}))
+    found = [TokenLogprob(i, -1.0) for i in (0, 1, 2, 3)]
+    assert CompletionScores(vocabulary, "Hello world!").of(found, with_top=False).text_offset == [0, 0, 5, 11]
+    assert CompletionScores(vocabulary).of(found[1:], with_top=False).text_offset == [0, 6, 12]

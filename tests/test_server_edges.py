@@ -107,6 +107,30 @@ def test_keys() -> None:
             assert server.http.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
+@pytest.mark.parametrize("root", ["/static", "/llm"])
+def test_no_path_below_which_it_is_mounted_leads_past_the_keys(root: str) -> None:
+    with served(keys=(KEY,), root_path=root) as server:
+        for path in ("/v1/models", "/metrics", f"{root}/v1/models", f"{root}/metrics", f"{root}/stats"):
+            assert server.http.get(path).status_code == 401
+        for path in ("/health", f"{root}/static/index.html", f"{root}/health", f"{root}/ready", f"{root}/"):
+            assert server.http.get(path).status_code == 200
+
+
+def test_a_body_that_cannot_be_read_is_told_what_would_be_right() -> None:
+    ask = json.dumps({"model": MODEL, "prompt": "x"}).encode()
+    with served() as server:
+
+        def post(body: bytes, kind: str = "application/json") -> tuple[int, str, str | None]:
+            return messages(server.http.post("/v1/completions", content=body, headers={"Content-Type": kind}))
+
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            right = "the body must be JSON and say so: send the header Content-Type: application/json"
+            assert post(ask, kind) == (400, right, None)
+        for body in (b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b'{"model": "\xff"}'):
+            status, sentence, _ = post(body)
+            assert (status, sentence.split(":")[0]) == (400, "the body is no JSON that can be read")
+
+
 def test_without_a_key_a_body_is_not_read() -> None:
     with served(keys=(KEY,)) as server, hanging_body(server, declared=3_000_000) as client:
         assert b" 401 " in client.recv(100)
@@ -298,3 +322,10 @@ def test_a_model_that_fails_ends_every_request_and_the_server(failure: Exception
         assert not server.thread.is_alive()
         assert str(failure) in (server.service.worker.failure or "")
         server.service.is_draining = True
+
+
+@pytest.mark.parametrize("context", [1, 3, 4, 5])
+def test_a_context_of_a_few_positions_is_served(context: int) -> None:
+    with served("x" * 9, context=context) as server:
+        choice = server.complete(prompt=[65], max_tokens=4).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("x" * min(4, context), "length")

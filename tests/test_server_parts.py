@@ -6,6 +6,7 @@ import json
 import logging
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,16 @@ from hypothesis import strategies as st
 
 from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
+from fourfold.request import Update
 from fourfold.server.auth import Keys
+from fourfold.server.chat_answer import Answer
+from fourfold.server.limits import Limits
 from fourfold.server.log import JsonLines, PlainLines, request_id
 from fourfold.server.options import ServeOptions, load_options
-from fourfold.server.tools import ArgumentsGoOn, CallBegins, CallReader
+from fourfold.server.service import Service
+from fourfold.server.tools import ArgumentsGoOn, CallBegins, CallReader, Tools
 from fourfold.tokenizer import Tokenizer
+from fourfold.vocabulary import Vocabulary
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -77,6 +83,23 @@ def test_an_unfinished_call_is_told_as_far_as_it_goes() -> None:
     assert read(["a <tool", "_ca"]) == ("a <tool_ca", [])
 
 
+@pytest.mark.parametrize(
+    ("said", "finish", "reason"),
+    [
+        (written("f", {"a": 1}), "stop", "tool_calls"),
+        (written("f", {"a": 1})[:-3], "stop", "tool_calls"),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "stop", "stop"),  # a stop string ended it there
+        (written("f", {}) + '\n<tool_call>\n{"name": "g", "argum', "stop", "stop"),
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "length", "length"),
+    ],
+)
+def test_an_answer_ends_in_calls_only_where_they_are_whole(said: str, finish: Any, reason: str) -> None:
+    answer = Answer(0, Tools([], "auto", several=True), False, Vocabulary((), frozenset()))
+    generation: Any = None
+    answer.push(Update(generation, text=said, finish=finish))
+    assert answer.finish_reason == reason
+
+
 def test_one_call_alone() -> None:
     text, calls = read([written("f", {}) + "\n" + written("g", {})], several=False)
     assert [name for name, _ in calls] == ["f"]
@@ -108,6 +131,9 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
     assert not Keys.load(None)
     with pytest.raises(OSError, match="No such file"):
         Keys.load(tmp_path / "nothing")
+    file.write_bytes(b"\xff\xfe" * 20)
+    with pytest.raises(UserError, match="keys is not text; write one key a line"):
+        Keys.load(file)
 
 
 def test_every_flag_is_an_option_and_the_other_way_round() -> None:
@@ -141,6 +167,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("root_path = 'x/'", "root_path cannot be 'x/'"),
         ("max_n = 0", "max_n cannot be 0"),
         ("[limits]\nmax_n = 1", "has a key 'limits'"),
+        ("cors_origin = ['https://a', 7]", r"cors_origin cannot be \['https://a', 7\]: .*it is 7"),
+        ("max-n = 3\nmax_n = 4", "sets max_n twice"),
     ],
 )
 def test_a_file_with_a_mistake(tmp_path: Path, line: str, says: str) -> None:
@@ -148,6 +176,28 @@ def test_a_file_with_a_mistake(tmp_path: Path, line: str, says: str) -> None:
     file.write_text(line)
     with pytest.raises(UserError, match=says):
         load_options({"model": "m"}, file)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2", "smollm2"),
+        ("m.gguf", "m.gguf"),
+        (".", "here"),
+        ("../here/", "here"),
+        ("./..", "above"),
+        ("/", "model"),
+    ],
+)
+def test_the_name_of_a_model_is_that_of_its_place(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert load_options({"model": model}, None).served_name == name
+    assert load_options({"model": model, "name": "mine"}, None).served_name == "mine"
+    with pytest.raises(UserError, match="name cannot be ''"):
+        load_options({"model": model, "name": ""}, None)
 
 
 def test_a_model_must_be_named() -> None:
@@ -211,3 +261,41 @@ def test_the_bytes_of_ids_are_those_of_their_text(text: str, shared: Path, yuan_
         assert all(
             vocabulary.tokens[i].decode() == tokenizer.decode([i], skip_special=False) for i in tokenizer.eos_ids
         )
+
+
+FACTS = {
+    "identity": "0" * 64,
+    "kv": "bf16",
+    "rope_angles": "f32",
+    "isa": "avx2",
+    "ranks": 1,
+    "kernels_decode": {"a": "b"},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": "1" * 64},
+        {"kv": "int8"},
+        {"rope_angles": "bf16"},
+        {"isa": "avx512"},
+        {"ranks": 2},
+        {"kernels_decode": {"a": "c"}},
+        {"context": 99},
+        {"template": ChatTemplate("{{ messages }}")},
+        {"prefix_cache": "off"},
+    ],
+)
+def test_the_fingerprint_changes_with_whatever_changes_answers(change: dict[str, Any]) -> None:
+    def fingerprint(name: str, changed: dict[str, Any]) -> str:
+        facts = FACTS | {key: changed[key] for key in changed.keys() & FACTS.keys()}
+        engine: Any = SimpleNamespace(context=changed.get("context", 100), describe=lambda: facts)
+        rest = {key: changed[key] for key in changed.keys() & {"prefix_cache"}}
+        nothing: Any = None
+        template = changed.get("template")
+        service = Service(name, engine, nothing, template, Limits(), nothing, nothing, **rest)
+        service.texts.shutdown()
+        return service.fingerprint
+
+    assert fingerprint("model", change) != fingerprint("model", {}) == fingerprint("another name of it", {})

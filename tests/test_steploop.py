@@ -138,6 +138,26 @@ def test_a_beginning_is_computed_once_for_all_who_come_at_once(engine: Engine) -
     assert loop.stats().tokens_reused == 7 * 192
 
 
+@pytest.mark.parametrize("prefix_cache", ["off", "prompts", "all"])
+def test_a_prompt_that_is_computed_again_counts_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, prefix_cache: Any
+) -> None:
+    with_pages(engine, monkeypatch, 9)
+    loop = loop_of(engine, Limits(prefix_cache=prefix_cache, prompt_chunk=64))
+    generations = [loop.add(request(n, 150, i)) for i, n in enumerate((40, 300, 20))]
+    for _ in range(4):
+        loop.step()
+    amid_its_prompt = generations[1]
+    assert 0 < amid_its_prompt.computed < 300
+    loop._scheduler.preempt(amid_its_prompt)
+    finish(loop)
+    stats = loop.stats()
+    assert stats.preemptions > 1  # answers, too
+    assert stats.tokens_prompt == 360
+    assert stats.tokens_reused == 0  # what it had computed itself was no other's
+    assert [g.cached_tokens for g in generations] == [0, 0, 0]
+
+
 def test_the_next_turn_of_a_chat_goes_on_from_the_last(engine: Engine) -> None:
     loop = loop_of(engine)
     first = loop.add(request(100, 60))
@@ -257,6 +277,8 @@ def test_more_texts_than_a_step_has_rows_for_are_refused() -> None:
     for n in (0, 257):
         with pytest.raises(UserError, match=f"max_running must be from 1 to 256, not {n}"):
             Limits(max_running=n)
+    with pytest.raises(UserError, match="prefix_cache must be one of all, prompts, off, not 'none'"):
+        Limits(prefix_cache="none")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

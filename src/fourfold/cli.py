@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -45,9 +45,6 @@ from fourfold.cli_options import (
     show,
 )
 from fourfold.errors import FourfoldError, UserError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="100-billion-parameter language models on an ordinary multi-socket CPU server.",

@@ -62,4 +62,4 @@ def show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any]
         return
     from rich.console import Console
 
-    render(dict(result), Console())
+    render(dict(result), Console(markup=False))  # a path may have brackets in it

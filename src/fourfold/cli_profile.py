@@ -55,7 +55,7 @@ def report(profile: Profile, path: Path) -> dict[str, Any]:
 
 def render(result: Mapping[str, Any]) -> None:
     """What `report` returned, on stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     for kind, step in result["steps"].items():
         console.print(_title(kind, step), style="bold")
         console.print(_rows(kind, step))

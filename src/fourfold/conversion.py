@@ -28,7 +28,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 import fourfold._core as _core
-from fourfold.checkpoint import Source, check_complete, open_source
+from fourfold.checkpoint import Source, check_complete, check_copied_head, open_source
 from fourfold.checkpoint.fourfold_dir import VERSION, Progress, kind_of, open_directory
 from fourfold.checkpoint.fourfold_writer import DirectoryWriter
 from fourfold.config import WeightFormat
@@ -91,6 +91,7 @@ def convert(
     asked, n_threads = None if fmt is None else check_format(fmt), checked_threads(threads)
     specs = weight_specs(source.config)
     check_complete(specs, source)
+    check_copied_head(source)
     formats = choose_formats(specs, source, asked)
     isa = choose_isa()  # before anything is made: it may raise
     if notice:
@@ -140,9 +141,12 @@ def cached(
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
         key = hashlib.sha256(made.encode()).hexdigest()[:16]
         directory = root / f"{Path(source_path).resolve().stem}-{fmt}-{key}"
+        if directory.exists():  # and whole, or it would have another name: a cache need not be one's own to be read
+            _check_kept(directory)
+            return directory
         try:
             root.mkdir(parents=True, exist_ok=True)
-            lock = _locked(root / f"{directory.name}.lock")
+            lock = _locked(root / f"{directory.name}.lock", notice)
         except OSError as error:
             raise UserError(
                 f"the cache {root} cannot be written ({error.strerror}); name another in FOURFOLD_CACHE"
@@ -172,11 +176,19 @@ def _check_kept(directory: Path) -> None:
         ) from error
 
 
-def _locked(path: Path) -> IO[str]:
-    """The file, locked by this process alone: whoever held it before may have taken it away while we waited."""
+def _locked(path: Path, notice: Notice | None) -> IO[str]:
+    """The file, locked by this process alone: whoever held it before may have taken it away while we waited.
+
+    `notice` hears of the wait, which may be as long as a conversion.
+    """
     while True:
         lock = path.open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if notice:
+                notice(f"another process is converting this model already; waiting for it ({path})")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import fourfold._core as _core
 from fourfold.checkpoint.fourfold_dir import WEIGHTS
@@ -165,7 +166,7 @@ def render(report: dict[str, Any], console: Console) -> None:
             console.print(table)
             console.print()
     for warning in report["warnings"]:
-        console.print(f"[yellow]![/] {warning}", highlight=False)
+        console.print(Text.assemble(("!", "yellow"), f" {warning}"), highlight=False)
 
 
 _Rows = list[tuple[str, str]]

@@ -83,6 +83,7 @@ class Engine:
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
         self.format, self._embed_format = stored.format, stored.weights["embed"].format
+        self.identity = stored.identity
         self.kv = cast(KVFormat, kv or ("f32" if stored.format == "f32" else "bf16"))
         self.context = usable_context(self.config, context)
         self.isa = choose_isa()
@@ -127,8 +128,8 @@ class Engine:
             kernel=kernel,
             attend=attend,
         )
-        angles = cast(RopeAngles, rope_angles or "f32")
-        for table in rotary_tables(self.config, self.context, angles):
+        self.rope_angles = cast(RopeAngles, rope_angles or "f32")
+        for table in rotary_tables(self.config, self.context, self.rope_angles):
             self._program.add_rotary(*table)
         self._disk: WeightDisk | None = None
         try:
@@ -281,8 +282,10 @@ class Engine:
         """What runs and how, JSON-ready."""
         return {
             "model_type": self.config.model_type,
+            "identity": self.identity,
             "format": self.format,
             "kv": self.kv,
+            "rope_angles": self.rope_angles,
             "isa": self.isa,
             "ranks": len(self.plan),
             "threads": sum(len(r.cpus) for r in self.plan),

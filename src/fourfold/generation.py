@@ -26,13 +26,14 @@ class Generation:
         self.request, self.ids = request, list(request.prompt)
         self.n_many = len(request.prompt) if len(request.prompt) > FEW_PROMPT else 0  # first ids, by many-row kernels
         self.sequence: Sequence | None = None  # while it holds pages
-        self.cached_tokens = 0  # of the prompt, when it began last
+        self.cached_tokens = 0  # of the prompt, that others had computed
         self.finish: Finish | None = None
         self.arrival = -1  # its number, in the order of coming
         self.n_shared = 0  # its first pages, that others may adopt
         self.prompt_seconds = self.decode_seconds = 0.0  # of the steps until its first id, and of those after it
         self.scored: list[TokenLogprob] = [TokenLogprob(self.ids[0], None)] if request.prompt_logprobs else []
         self._context = context
+        self._n_counted = 0  # ids of the prompt
         self._keys: list[Key] = []
         self._limit = tokenizer.vocab_size
         self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)
@@ -53,6 +54,12 @@ class Generation:
     def computed(self) -> int:
         """Positions in the KV cache."""
         return self.sequence.length if self.sequence else 0
+
+    def count(self, n_ids: int) -> int:
+        """Of the first `n_ids`, those of the prompt that were not counted before: what was taken away counts once."""
+        new = max(0, min(n_ids, self.prompt_tokens) - self._n_counted)
+        self._n_counted += new
+        return new
 
     @property
     def is_scored(self) -> bool:

@@ -386,6 +386,8 @@ def _ids(values: ArrayLike, what: str) -> list[int]:
         ids = np.asarray(values)
     except ValueError:  # rows of different lengths
         raise UserError(f"{what} must be one row of whole numbers") from None
+    if ids.dtype == object and ids.ndim == 1 and all(isinstance(i, int) for i in ids):  # that no int64 holds
+        raise UserError(f"{what} has an id of {max(map(abs, ids))}, which no model has")
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise UserError(f"{what} must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}")
     return [int(i) for i in ids]

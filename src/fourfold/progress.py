@@ -38,8 +38,9 @@ def bar(title: str, unit: str = "bytes") -> Iterator[Report]:
 def warn(sentence: str) -> None:
     """A sentence on stderr, marked as doctor marks its own."""
     from rich.console import Console
+    from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]![/] {sentence}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("!", "yellow"), f" {sentence}"))
 
 
 def note(sentence: str) -> None:
@@ -67,7 +68,7 @@ def _progress(unit: str) -> Progress:
         amount = (MofNCompleteColumn(), TextColumn(unit))
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *amount,
         TimeRemainingColumn(),

@@ -35,9 +35,11 @@ class Limits:
     prefix_cache: PrefixCache = "all"
 
     def __post_init__(self) -> None:
-        """Raises UserError for more texts at a time than a step has rows for."""
+        """Raises UserError for more texts at a time than a step has rows for, or no such way to share beginnings."""
         if not 1 <= self.max_running <= MOST_RUNNING:
             raise UserError(f"max_running must be from 1 to {MOST_RUNNING}, not {self.max_running}")
+        if self.prefix_cache not in PREFIX_CACHES:
+            raise UserError(f"prefix_cache must be one of {', '.join(PREFIX_CACHES)}, not {self.prefix_cache!r}")
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,9 @@ class Scheduler:
                 self._pool.free(sequence)
                 return
             generation.sequence, generation.n_shared = sequence, n_kept
-            if not generation.completion_tokens:
-                generation.cached_tokens = sequence.length
-            self.tokens_reused += sequence.length
+            n_reused = generation.count(sequence.length)
+            generation.cached_tokens += n_reused
+            self.tokens_reused += n_reused
             self.waiting.remove(generation)
             insort(self.running, generation, key=lambda g: g.arrival)
             under_way |= set(generation.keys(self._pool.page, generation.n_many)[n_kept:])

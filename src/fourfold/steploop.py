@@ -30,8 +30,8 @@ class Stats:
     pages_total: int = 0
     pages_held: int = 0  # by texts under way
     pages_cached: int = 0  # held by nobody, kept for whoever begins alike
-    tokens_prompt: int = 0  # computed
-    tokens_reused: int = 0  # found in the cache instead
+    tokens_prompt: int = 0  # computed, each once
+    tokens_reused: int = 0  # of prompts, found in the cache instead
     tokens_generated: int = 0
     preemptions: int = 0
     drafted: int = 0
@@ -216,7 +216,7 @@ class StepLoop:
             self._speculation.observe(n_ids, seconds)
         self._stats.steps += 1
         self._stats.step_seconds += seconds
-        self._stats.tokens_prompt += sum(s.n_ids for s in plan.shares if s.generation.completion_tokens == 0)
+        self._stats.tokens_prompt += sum(s.generation.count(s.generation.computed) for s in plan.shares)
         weights = self._engine.bytes_per_token()
         self._stats.bytes_read += weights + sum(
             self._engine.bytes_per_token(feed.sequence.length) - weights for feed in feeds

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from fourfold.checkpoint.complete import check_complete
+from fourfold.checkpoint.complete import check_complete, check_copied_head
 from fourfold.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 from fourfold.checkpoint.gguf_file import open_gguf
 from fourfold.checkpoint.huggingface import open_huggingface
@@ -18,7 +18,7 @@ from fourfold.checkpoint.source import Source, fingerprint
 from fourfold.checkpoint.tokenizer_files import VOCABULARIES, find_tokenizer
 from fourfold.errors import CheckpointError
 
-__all__ = ["Source", "check_complete", "open_source"]
+__all__ = ["Source", "check_complete", "check_copied_head", "open_source"]
 
 
 def open_source(path: str | Path, tokenizer: str | Path | None = None) -> Source:

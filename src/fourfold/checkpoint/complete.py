@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from fourfold.checkpoint.coded import CodedTensor
 from fourfold.checkpoint.source import Source
 from fourfold.errors import CheckpointError
 
 if TYPE_CHECKING:
     from fourfold.models.spec import WeightSpec
 
+COMPARED_BYTES = 16 << 20  # at a time
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -32,3 +36,23 @@ def check_complete(specs: Iterable[WeightSpec], source: Source) -> None:
             raise CheckpointError(
                 f"{source.path} holds the tensor {name}, which a {source.config.model_type} model does not have"
             )
+
+
+def check_copied_head(source: Source) -> None:
+    """Raises CheckpointError where a head stays unread that is no copy of the embedding. Reads both, row by row."""
+    if not source.config.tie_embeddings or HEAD not in source.tensors:
+        return
+    embedding, head = source.tensors[EMBEDDING], source.tensors[HEAD]
+    if head == embedding or isinstance(embedding, CodedTensor):  # the same bytes; codes, of which a copy has others
+        return
+    n, width = embedding.shape
+    step = max(1, COMPARED_BYTES // (4 * width))
+    for start in range(0, n, step):
+        theirs, ours = (tensor.rows(start, min(start + step, n)) for tensor in (head, embedding))
+        if not np.array_equal(theirs.astype(np.float32), ours.astype(np.float32), equal_nan=True):
+            raise CheckpointError(
+                f"{source.path} has a head of its own, {HEAD}, though its configuration ties it to the embedding: "
+                "set tie_word_embeddings to false, or take that tensor out"
+            )
+        del theirs, ours
+        source.forgetter()()

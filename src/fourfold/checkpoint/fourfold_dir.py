@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from fourfold.checkpoint.fields import check
 from fourfold.checkpoint.source import read_json
+from fourfold.checkpoint.tokenizer_files import TOKENIZER_FILES
 from fourfold.config import FORMATS, ModelConfig, RopeScaling, WeightFormat, scaling_kind
 from fourfold.errors import CheckpointError
 from fourfold.format import SCALED, n_panels, panel_bytes, stored_bytes
@@ -32,6 +33,7 @@ from fourfold.models.spec import WeightSpec
 
 VERSION = 1
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+OWN_HASH, BLANK_HASH = "sha256", "0" * 64  # of the manifest, in itself
 HASH_PIECE_BYTES = 4 << 20
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -73,10 +75,17 @@ class FourfoldDirectory:
     vectors: Mapping[str, NDArray[np.float32]]  # (N,) each
     tensors: Mapping[str, StoredTensor]  # all of them, as stored
     data_start: int  # in bytes, from the start of the file
+    manifest: Mapping[str, Any]
 
     @property
     def weights_path(self) -> Path:
         return self.path / WEIGHTS
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 that stands for all that the model consists of: its tensors, its configuration, its tokenizer."""
+        hashes = [self.manifest["tensors"], self.manifest["files"]]
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def kind_of(name: str) -> str:
@@ -141,7 +150,10 @@ def open_directory(path: str | Path) -> FourfoldDirectory:
         if not spec.is_matrix:
             offset = data_start + found[spec.name].offset
             vectors[spec.name] = np.fromfile(file, "<f4", math.prod(spec.shape), offset=offset)
-    return FourfoldDirectory(path, config, fields["format"], weights, vectors, found, data_start)
+    manifest = read_manifest(path)
+    if _damaged_files(path, {CONFIG: manifest["files"][CONFIG]}):
+        raise CheckpointError(f"{path} is damaged (file {CONFIG}); delete it and convert the model again")
+    return FourfoldDirectory(path, config, fields["format"], weights, vectors, found, data_start, manifest)
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> int:
@@ -150,13 +162,9 @@ def verify(path: str | Path, progress: Progress | None = None) -> int:
     Raises CheckpointError naming what is damaged, or whatever `open_directory` finds.
     """
     directory = open_directory(path)
-    manifest = read_manifest(directory.path)
-    expected = manifest["tensors"]
-    damaged = []
-    for name, recorded in manifest["files"].items():
-        file = directory.path / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != recorded:
-            damaged.append(f"file {name}")
+    expected, files = directory.manifest["tensors"], directory.manifest["files"]
+    damaged = [f"file {name}" for name in _damaged_files(directory.path, files)]
+    damaged += [f"file {name}, which was not converted" for name in _further_files(directory.path, files)]
     n_bytes = 0
     total = sum(tensor.n_bytes for tensor in directory.tensors.values())
     for tensor, sha256 in hash_tensors(directory.weights_path, directory.data_start, directory.tensors.values()):
@@ -177,7 +185,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Bits per weight count codes, block scales, panel scales and padding, over the matrices.
     """
     directory = open_directory(path)
-    manifest = read_manifest(directory.path)
+    manifest = directory.manifest
     rows: list[dict[str, Any]] = []
     for name, weight in directory.weights.items():
         n_bytes, n_weights = stored_bytes(weight.format, weight.shape), math.prod(weight.shape)
@@ -212,18 +220,54 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written: its last entry is the hash of all its bytes, with zeros in place of that hash."""
+    blank = encode_json({**manifest, OWN_HASH: BLANK_HASH})
+    begin, _, end = blank.rpartition(BLANK_HASH.encode())
+    return begin + hashlib.sha256(blank).hexdigest().encode() + end
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """As every JSON file of a directory is written."""
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the directory at `path`. Raises CheckpointError where it is not one."""
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("fourfold") != VERSION or not {"source", "recipe", "quality"} <= set(manifest):
-        raise CheckpointError(f"{path / MANIFEST} is not a manifest of version {VERSION}")
+    """The manifest of the directory at `path`. Raises CheckpointError where it is not one, or is not as it was written.
+
+    One without a hash of its own is from before there was one.
+    """
+    file = path / MANIFEST
+    manifest = read_json(file)
+    keys = {"fourfold", "source", "recipe", "quality", "files", "tensors"}
+    if manifest.get("fourfold") != VERSION or set(manifest) - {OWN_HASH} != keys:
+        raise CheckpointError(f"{file} is not a manifest of version {VERSION}")
+    if OWN_HASH in manifest:
+        recorded = str(manifest[OWN_HASH]).encode(errors="backslashreplace")
+        blank = file.read_bytes().replace(recorded, BLANK_HASH.encode())
+        if hashlib.sha256(blank).hexdigest().encode() != recorded:
+            raise CheckpointError(f"{path} is damaged (file {MANIFEST}); delete it and convert the model again")
     for table in ("tensors", "files"):
-        hashes = manifest.get(table)
+        hashes = manifest[table]
         if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
-            raise CheckpointError(f"{path / MANIFEST} lacks the hashes of the {table}")
+            raise CheckpointError(f"{file} lacks the hashes of the {table}")
     if CONFIG not in manifest["files"] or any(Path(name).name != name for name in manifest["files"]):
-        raise CheckpointError(f"{path / MANIFEST} does not list the directory's own files")
+        raise CheckpointError(f"{file} does not list the directory's own files")
     return manifest
+
+
+def _damaged_files(path: Path, recorded: Mapping[str, str]) -> list[str]:
+    """The names of those that are not there, or not as they were written."""
+    return [
+        name
+        for name, sha256 in recorded.items()
+        if not (path / name).is_file() or hashlib.sha256((path / name).read_bytes()).hexdigest() != sha256
+    ]
+
+
+def _further_files(path: Path, recorded: Mapping[str, str]) -> list[str]:
+    """What would be read as the tokenizer's, or the chat template, but was put there later."""
+    return [name for name in TOKENIZER_FILES if name not in recorded and (path / name).is_file()]
 
 
 def hash_tensors(file: Path, data_start: int, tensors: Iterable[StoredTensor]) -> Iterable[tuple[StoredTensor, str]]:

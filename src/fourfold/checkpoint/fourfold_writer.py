@@ -24,7 +24,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.checkpoint.fourfold_dir import CONFIG, MANIFEST, VERSION, WEIGHTS, StoredTensor, hash_tensors, lay_out
+from fourfold.checkpoint.fourfold_dir import (
+    CONFIG,
+    MANIFEST,
+    VERSION,
+    WEIGHTS,
+    StoredTensor,
+    encode_json,
+    hash_tensors,
+    lay_out,
+    seal,
+)
 from fourfold.config import ModelConfig, WeightFormat
 from fourfold.errors import CheckpointError, ResourceError, UserError
 from fourfold.models import weight_specs
@@ -134,7 +144,7 @@ class DirectoryWriter:
         shapes = {spec.name: spec.shape for spec in self.specs}
         weights = {name: {"format": fmt, "shape": shapes[name]} for name, fmt in self._formats.items()}
         config = {key: identity[key] for key in ("fourfold", "format", "model")} | {"weights": weights}
-        contents = {CONFIG: _encode(config)}
+        contents = {CONFIG: encode_json(config)}
         for name, content in files.items():
             contents[name] = content if isinstance(content, bytes) else content.read_bytes()
         manifest = {
@@ -146,7 +156,7 @@ class DirectoryWriter:
             "tensors": {name: h for spec in self.specs for name, h in self.finished[spec.name].sha256.items()},
         }
         with _disk_errors(self.partial):
-            for name, content in (contents | {MANIFEST: _encode(manifest)}).items():
+            for name, content in (contents | {MANIFEST: seal(manifest)}).items():
                 with (self.partial / name).open("wb") as file:
                     file.write(content)
                     file.flush()
@@ -191,21 +201,39 @@ class DirectoryWriter:
             os.close(self._fd)
             raise
 
-    def _read_journal(self) -> list[Any]:
-        """The lines of an earlier attempt, identity first; the last may be cut short, and is then cut off."""
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The lines of an earlier attempt, identity first, as far as they reached the disk whole; the rest is cut off.
+
+        A machine that lost its power may leave a line that is cut short, or zeros where lines were.
+        """
         self._journal.seek(0)
         text = self._journal.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._journal.truncate(len(whole))
-        try:
-            records = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            records = [None]
-        if records and records[0] != json.loads(_encode(self._identity)):
+        records: list[dict[str, Any]] = []
+        end = 0
+        for line in text.splitlines(keepends=True):
+            if (record := _record(line)) is None or (records and not self._is_of_a_weight(record)):
+                break
+            records.append(record)
+            end += len(line)
+        is_other = records[0] != self._in_json if records else b"\n" in text.strip(b"\0")
+        if is_other:
             raise UserError(
                 f"{self.partial} is an unfinished conversion of another source or format; remove it, or finish that one"
             )
+        self._journal.truncate(end)
         return records
+
+    @property
+    def _in_json(self) -> Any:
+        return json.loads(encode_json(self._identity))
+
+    def _is_of_a_weight(self, record: Mapping[str, Any]) -> bool:
+        numbers = (record.get("error"), record.get("reference"))
+        return (
+            isinstance(record.get("sha256"), dict)
+            and all(isinstance(x, float) for x in numbers)
+            and any(spec.name == record.get("weight") for spec in self.specs)
+        )
 
     def _keep_sound(self, records: list[dict[str, Any]]) -> None:
         listed = {record["weight"]: record for record in records}
@@ -224,8 +252,13 @@ class DirectoryWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _encode(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None for one that is not whole."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _encode_header(tensors: Iterable[StoredTensor]) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 PARTS = {"weights": "weights", "kv": "KV cache", "reduction": "reduction", "overhead": "overhead"}
 _DECODE_BOUNDS = {
@@ -41,7 +42,7 @@ def render(answer: Mapping[str, Any], console: Console) -> None:
     for line in _sentences(answer):
         console.print(line, highlight=False)
     for line in answer["advice"]:
-        console.print(f"[yellow]![/] {line}", highlight=False)
+        console.print(Text.assemble(("!", "yellow"), f" {line}"), highlight=False)
     for line in answer["notes"]:
         console.print(f"  {line}", highlight=False)
 

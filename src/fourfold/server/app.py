@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from fourfold.server import chat, completions, operations
 from fourfold.server.auth import OPEN_PATHS, Auth, Keys
 from fourfold.server.errors import ErrorBody, install_handlers
+from fourfold.server.front import Mounted
 from fourfold.server.gate import Gate
 from fourfold.server.hosts import Hosts
 from fourfold.server.limits import BodyLimit
@@ -56,13 +57,14 @@ def make_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
         )
         middleware.insert(1, cors)  # outside the keys: a browser asks first, and without one
+    if root_path:
+        middleware.insert(0, Middleware(Mounted, root_path=root_path))
     app = FastAPI(
         title="fourfold",
         version=fourfold.__version__,
         description="One large language model, by OpenAI's interface.",
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
-        root_path=root_path,
         middleware=middleware,
     )
     app.state.service = service

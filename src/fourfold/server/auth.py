@@ -18,6 +18,12 @@ LEAST_CHARS = 16
 OPEN_PATHS = ("/health", "/ready")  # for those who watch over the server
 
 
+def route_path(scope: Scope) -> str:
+    """The path by which the application finds a route: without the part below which a proxy mounts it."""
+    path, root = str(scope.get("path", "")), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if root and (path == root or path.startswith(root + "/")) else path
+
+
 class Keys:
     """The keys that are accepted; none: everybody is."""
 
@@ -36,7 +42,10 @@ class Keys:
         """Of a file, one a line, lines with # in front left out, and of FOURFOLD_API_KEY."""
         keys = [os.environ[VARIABLE]] if os.environ.get(VARIABLE) else []
         if file is not None:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            try:
+                lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            except UnicodeDecodeError:
+                raise UserError(f"{file} is not text; write one key a line") from None
             found = [line for line in lines if line and not line.startswith("#")]
             if not found:
                 raise UserError(f"{file} has no key in it; write one a line")
@@ -61,7 +70,7 @@ class Auth:
         self._app, self._keys, self._open, self._prefix = app, keys, open_paths, open_prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
+        path = route_path(scope)
         is_open = path in self._open or path.startswith(self._prefix)
         if scope["type"] == "http" and self._keys and not is_open:
             header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")

@@ -54,7 +54,7 @@ class Answer:
             chunks.append(ChunkChoice(index=self.index, delta=delta, finish_reason=None, **extra))
             extra = {}
         if update.finish is not None:
-            ended_by_call = update.finish == "stop" and self._calls
+            ended_by_call = update.finish == "stop" and self._calls and not (reader and reader.is_amid_call)
             self.finish_reason = "tool_calls" if ended_by_call else "length" if update.finish == "length" else "stop"
             chunks.append(ChunkChoice(index=self.index, delta=Delta(), finish_reason=self.finish_reason))
         return chunks

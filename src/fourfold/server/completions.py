@@ -91,7 +91,7 @@ class _Text:
     def __init__(self, body: CompletionRequest, prompt: _Prompt, service: Service) -> None:
         self._echo = (prompt.text or "") if body.echo else ""
         self._asked = body.logprobs
-        self._scores = CompletionScores(service.tokenizer.vocabulary)
+        self._scores = CompletionScores(service.tokenizer.vocabulary, self._echo)
 
     def push(self, update: Update) -> tuple[str, CompletionLogprobs | None, FinishReason | None]:
         """What this update adds; the echo comes with the first."""

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from fourfold.server.worker import JobFailed
 
+UNREADABLE = "the body is no JSON that can be read: not UTF-8, nested too deep, or with a number of thousands of digits"
 RETRY_SECONDS = 1  # what a client is told to wait where the server is full
 
 
@@ -85,7 +86,8 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):  # the framework's own: no such path, no such method, a body that is no JSON
-            error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+            detail = UNREADABLE if error.status_code == 400 else str(error.detail)
+            error = ApiError(error.status_code, detail, headers=error.headers)
         return JSONResponse(error.body(), error.status_code, headers=dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
@@ -107,6 +109,8 @@ def explain(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         return f"the body is not valid JSON: {error.get('ctx', {}).get('error', error['msg'])}", None
     if error["type"] == "extra_forbidden":
         return f"{param} is not a field that this server honours; leave it out", param
+    if not path and isinstance(error.get("input"), bytes):
+        return "the body must be JSON and say so: send the header Content-Type: application/json", None
     if error["type"] == "missing":
         return f"{param or 'the body'} is missing", param
     message = str(error["msg"]).removeprefix("Value error, ")

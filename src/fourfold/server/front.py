@@ -1,4 +1,4 @@
-"""In front of the application, which needs a model: until there is one, requests are turned away and life is shown."""
+"""In front of the application: what is answered before there is a model, and where a proxy mounts it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ class Front:
             await JSONResponse({"status": "starting", "reason": LOADING}, 503)(scope, receive, send)
         else:
             await send_error(scope, receive, send, unavailable(f"{LOADING}; try again later"))
+
+
+class Mounted:
+    """Tells the application below which path a proxy mounts it; requests may come with that path or without."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app, self._root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "root_path": self._root_path}, receive, send)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fourfold.server.auth import OPEN_PATHS
+from fourfold.server.auth import OPEN_PATHS, route_path
 from fourfold.server.errors import ApiError
 from fourfold.server.replies import send_error
 
@@ -19,7 +19,7 @@ class Hosts:
         self._app, self._names = app, names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and route_path(scope) not in OPEN_PATHS:
             name = _name(dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
             if name not in self._names:
                 message = f"this server does not go by the name {name[:200]!r}; start it with --allowed-host NAME"

@@ -15,6 +15,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fourfold.server.auth import route_path
 from fourfold.server.errors import ApiError
 from fourfold.server.replies import send_error
 
@@ -110,10 +111,10 @@ class RequestLog:
                 failure = ApiError(500, "the server failed at this request; its log says more")
                 await send_error(scope, receive_noting, send_with_id, failure)
         finally:
-            path = scope["path"]
+            path = route_path(scope)
             status = 499 if hung_up else status
             self._count(path, status)
             level = logging.DEBUG if path in _QUIET else logging.WARNING if status >= 500 else logging.INFO
             fields = {"status": status, "seconds": round(perf_counter() - started, 4)}
-            _log.log(level, "%s %s", scope["method"], path, extra={"fields": fields})
+            _log.log(level, "%s %s", scope["method"], scope["path"], extra={"fields": fields})
             request_id.reset(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Iterable
 
 from fourfold.request import TokenLogprob
@@ -28,8 +29,10 @@ def chat_logprobs(found: Iterable[TokenLogprob], vocabulary: Vocabulary) -> list
 class CompletionScores:
     """Collects what a completion's choice says of its tokens. Offsets count from the choice's own beginning."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary, self._end = vocabulary, 0
+    def __init__(self, vocabulary: Vocabulary, echo: str = "") -> None:
+        """`echo`: the prompt as it stands in front of the answer, where its tokens are among those that come."""
+        self._vocabulary, self._echo, self._end = vocabulary, echo, 0
+        self._characters = getincrementaldecoder("utf-8")("replace")
 
     def of(self, found: Iterable[TokenLogprob], with_top: bool) -> CompletionLogprobs:
         """The next tokens. `with_top`: the likeliest ids beside each, by their text."""
@@ -37,7 +40,7 @@ class CompletionScores:
         offsets = []
         for token in found:
             offsets.append(self._end)
-            self._end += 0 if token.id in self._vocabulary.special else len(self._vocabulary.text(token.id))
+            self._end += self._width(token.id)
         top = [self._top(token) for token in found]
         return CompletionLogprobs(
             text_offset=offsets,
@@ -45,6 +48,16 @@ class CompletionScores:
             tokens=[self._text(token.id) for token in found],
             top_logprobs=top if with_top else None,
         )
+
+    def _width(self, token_id: int) -> int:
+        """Characters that the text has more with this token: of one in several tokens, with its last."""
+        data = self._vocabulary.tokens[token_id]
+        if token_id in self._vocabulary.special:  # is no part of a text, but where it was written in the prompt
+            written = data.decode(errors="replace")
+            return len(written) if self._echo.startswith(written, self._end) else 0
+        if not self._end and self._echo[:1] not in ("", " ") and data.startswith(b" "):
+            data = data[1:]  # the space that SentencePiece puts in front of a text
+        return len(self._characters.decode(data))
 
     def _top(self, token: TokenLogprob) -> dict[str, float] | None:
         """The likeliest and the token itself, as OpenAI has it: so many and one more."""

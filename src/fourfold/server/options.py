@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ class ServeOptions(BaseModel):
     # where, and for whom
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any that is free
-    name: str | None = None  # by which clients ask; the model's own
+    name: str | None = Field(None, min_length=1)  # by which clients ask; the model's own
     api_key_file: str | None = None
     root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # below which a proxy mounts the server
     cors_origin: list[str] = []
@@ -87,6 +88,11 @@ class ServeOptions(BaseModel):
         return StepLimits(**{name: getattr(self, name) for name in StepLimits.__dataclass_fields__})
 
     @property
+    def served_name(self) -> str:
+        """By which clients ask: that of the directory or file, also where it is given as `.` or `..`."""
+        return self.name or Path(os.path.abspath(Path(self.model).expanduser())).name or "model"
+
+    @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
@@ -105,8 +111,9 @@ def load_options(flags: Mapping[str, Any], config: Path | None) -> ServeOptions:
         return ServeOptions(**merged)
     except ValidationError as error:
         message, name = explain(error.errors())
+        option = str(name).partition("[")[0]
         message = message.removeprefix(f"{name}: ")
-        raise UserError(f"{name} cannot be {merged.get(name or '')!r}: {message}") from None
+        raise UserError(f"{option} cannot be {merged.get(option)!r}: {message}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -114,7 +121,11 @@ def _read(file: Path) -> dict[str, Any]:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid TOML: {error}") from None
-    keys = {name.replace("-", "_"): value for name, value in found.items()}
+    keys: dict[str, Any] = {}
+    for name, value in found.items():
+        if (key := name.replace("-", "_")) in keys:
+            raise UserError(f"{file} sets {key} twice, with - and with _; leave one out")
+        keys[key] = value
     if unknown := sorted(set(keys) - set(ServeOptions.model_fields)):
         raise UserError(
             f"{file} has a key {unknown[0]!r}, which is no option of `fourfold serve`; its --help lists them"

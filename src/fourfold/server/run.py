@@ -153,7 +153,8 @@ class Running:
     async def _warm_up(self, service: Service) -> None:
         """Everything that is slow the first time, before anybody waits for it."""
         await service.in_thread(lambda: service.grammars)
-        prompt = tuple(i % service.tokenizer.vocab_size for i in range(min(64, service.context - WARM_TOKENS)))
+        n_prompt = max(1, min(64, service.context - WARM_TOKENS))
+        prompt = tuple(i % service.tokenizer.vocab_size for i in range(n_prompt))
         params = SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True)
         job = await service.worker.submit([Request(prompt, params)])
         try:

@@ -20,6 +20,7 @@ from fourfold.engine import Engine
 from fourfold.errors import QueueFull, UserError
 from fourfold.grammar import Grammars
 from fourfold.request import Request
+from fourfold.scheduler import PrefixCache
 from fourfold.server.errors import ApiError, bad_request, too_busy, unavailable
 from fourfold.server.limits import Limits
 from fourfold.server.metrics import Metrics
@@ -50,6 +51,7 @@ class Service:
     limits: Limits
     metrics: Metrics
     worker: Worker
+    prefix_cache: PrefixCache = "all"  # the step loop's
     is_ready: bool = False  # warmed up
     is_draining: bool = False  # no new requests
     n_requests: int = 0  # to the model, under way
@@ -73,12 +75,14 @@ class Service:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever changes the bits of answers: version, weights' form, kernels, context."""
+        """Changes with whatever changes the bits of answers: version, model, template, kernels, options."""
         import fourfold
 
-        names = ("model_type", "format", "kv", "isa", "ranks", "kernels_decode", "kernels_prefill")
+        names = ("identity", "kv", "rope_angles", "isa", "ranks", "kernels_decode", "kernels_prefill")
         what = {name: self.facts.get(name) for name in names}
-        text = json.dumps([fourfold.__version__, self.name, self.context, what], sort_keys=True, default=str)
+        template = self.template.source if self.template else None
+        options = [fourfold.__version__, self.context, self.prefix_cache, template]
+        text = json.dumps([options, what], sort_keys=True, default=str)
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property

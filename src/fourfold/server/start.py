@@ -91,13 +91,14 @@ def _service(llm: LLM, options: ServeOptions) -> Service:
     worker = Worker(llm.new_loop(options.step_limits, speculates=options.speculate))
     worker.observer = metrics = Metrics(lambda: worker.stats, read_gb_s)
     return Service(
-        name=options.name or Path(options.model).name,
+        name=options.served_name,
         engine=llm.engine,
         tokenizer=llm.tokenizer,
         template=template,
         limits=options.limits,
         metrics=metrics,
         worker=worker,
+        prefix_cache=options.prefix_cache,
     )
 
 
@@ -136,7 +137,7 @@ def _tell(machine: dict[str, Any], facts: dict[str, Any], *, plain: bool) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stderr, highlight=False)
+    console = Console(file=sys.stderr, highlight=False, markup=False)
     doctor.render(machine, console)
     table = Table(
         title="To be served", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)

@@ -123,6 +123,11 @@ class CallReader:
         self._space = ""  # white space that counts only where text follows
         self._depth, self._in_string, self._escaped = 0, False, False
 
+    @property
+    def is_amid_call(self) -> bool:
+        """Whether a call has begun whose arguments are not whole: a stop string, or the length, may end it there."""
+        return self._read in (self._header, self._arguments)
+
     def push(self, text: str, last: bool = False) -> list[Event]:
         """What this piece of the answer makes certain."""
         self._rest += text

@@ -141,8 +141,7 @@ def cached(
         made = json.dumps([VERSION, fmt, RECIPE, source.fingerprint], sort_keys=True)  # another recipe, other codes
         key = hashlib.sha256(made.encode()).hexdigest()[:16]
         directory = root / f"{Path(source_path).resolve().stem}-{fmt}-{key}"
-        if directory.exists():  # and whole, or it would have another name: a cache need not be one's own to be read
-            _check_kept(directory)
+        if _is_kept(directory, source, notice):  # a cache need not be one's own to be read
             return directory
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -152,12 +151,7 @@ def cached(
                 f"the cache {root} cannot be written ({error.strerror}); name another in FOURFOLD_CACHE"
             ) from error
         try:
-            if directory.exists():
-                _check_kept(directory)
-                if notice:
-                    for sentence in source.notes:
-                        notice(sentence)
-            else:
+            if not _is_kept(directory, source, notice):
                 if check:
                     check(source)
                 convert(source, directory, asked, threads=threads, progress=progress, notice=notice)
@@ -167,13 +161,20 @@ def cached(
     return directory
 
 
-def _check_kept(directory: Path) -> None:
+def _is_kept(directory: Path, source: Source, notice: Notice | None) -> bool:
+    """Whether the conversion is there, whole; `notice` hears again what was said of the source when it was made."""
+    if not directory.exists():  # while it is made, it has another name
+        return False
     try:
         open_directory(directory)
     except CheckpointError as error:
         raise CheckpointError(
             f"a conversion in the cache is damaged, delete {directory} to have it anew: {error}"
         ) from error
+    if notice:
+        for sentence in source.notes:
+            notice(sentence)
+    return True
 
 
 def _locked(path: Path, notice: Notice | None) -> IO[str]:

@@ -63,6 +63,19 @@ void load_weight(std::shared_ptr<Weight> w, Team& team, std::optional<Array<cons
                   scales);
 }
 
+// Panels and scales of the whole matrix, from where they begin in the file; nothing where it holds none for memory.
+void read_weight(std::shared_ptr<Weight> w, Team& team, std::shared_ptr<const ReadFile> file,
+                 std::optional<uint64_t> panels, std::optional<uint64_t> scales) {
+    if (w->is_in_memory() != panels.has_value())
+        throw std::invalid_argument("panels are read where they are to be in memory, and only there");
+    if (has_scales(w->format) != scales.has_value())
+        throw std::invalid_argument("one scale for each panel of a scaled format is needed, none for another");
+    if (panels) file->ask(*panels, panels_of(w->n) * panel_bytes(w->format, tiles_of(w->k)));
+    const auto read = [&w = *w, &file = *file, from = panels.value_or(0),
+                       scales_from = scales.value_or(0)](Worker& worker) { w.load(worker, file, from, scales_from); };
+    keep_on_stall([&] { team.run(read); }, w, file);
+}
+
 Vectors place(const Program& p, const std::vector<Array<const float, 1>>& arrays) {
     std::vector<std::span<const float>> parts;
     for (const auto& a : arrays) parts.emplace_back(a.data(), a.shape(0));
@@ -113,10 +126,17 @@ void bind_program(nb::module_& m) {
         .def_prop_ro("n_ranks", &Team::n_ranks)
         .def("stall_next", &Team::stall_next, "rank"_a, "thread"_a, "seconds"_a, "For tests.");
 
+    nb::class_<ReadFile>(m, "ReadFile")
+        .def(
+            "__init__",
+            [](ReadFile* self, const std::string& path) { new (self) ReadFile(path, POSIX_FADV_SEQUENTIAL); }, "path"_a,
+            "A file of weights. Raises StallError where it cannot be opened.");
     nb::class_<Weight>(m, "Weight")
         .def_prop_ro("n", [](const Weight& w) { return w.n; })
         .def_prop_ro("k", [](const Weight& w) { return w.k; })
-        .def("load", &load_weight, "team"_a, "panels"_a.none(), "scales"_a.none());
+        .def("load", &load_weight, "team"_a, "panels"_a.none(), "scales"_a.none())
+        .def("read", &read_weight, "team"_a, "file"_a, "panels"_a.none(), "scales"_a.none(),
+             "From a ReadFile: where the whole matrix's panels and scales begin in it.");
     m.def("make_weight", &make_weight, "format"_a, "n"_a, "k"_a, "plans"_a, "team"_a,
           "file_offset"_a.none() = nb::none(),
           "plans: for each rank its (output ranges, input ranges). file_offset: where its panels stay in a file.");

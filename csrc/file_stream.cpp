@@ -1,9 +1,5 @@
 #include "file_stream.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -21,60 +17,7 @@ namespace fourfold {
 namespace {
 
 using Seconds = std::chrono::duration<double>;
-constexpr size_t kReadBytes = size_t{1} << 20;  // at a time: it stays in the second-level cache between copy and drop
 constexpr uint64_t kFolioBytes = uint64_t{4} << 20;  // more than a page of the cache, which is dropped whole or not
-
-// An open file that tells when it is no longer what it was. Movable facts only: offsets belong to the callers.
-class ReadFile {
-  public:
-    ReadFile(const std::string& path, int advice) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-        if (fd_ < 0 || fstat(fd_, &opened_) != 0) {
-            const int error = errno;
-            if (fd_ >= 0) close(fd_);
-            fail(error);
-        }
-        posix_fadvise(fd_, 0, 0, advice);
-    }
-    ~ReadFile() { close(fd_); }
-    ReadFile(const ReadFile&) = delete;
-    ReadFile& operator=(const ReadFile&) = delete;
-
-    // All of [offset, offset + bytes); `arrived(n)` is called as they come.
-    template <class F>
-    void read(uint64_t offset, size_t bytes, uint8_t* to, F arrived) const {
-        while (bytes) {
-            const ssize_t got = pread(fd_, to, std::min(bytes, kReadBytes), static_cast<off_t>(offset));
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail(errno);
-            if (got == 0) changed();
-            offset += static_cast<uint64_t>(got);
-            to += got;
-            bytes -= static_cast<size_t>(got);
-            arrived(static_cast<size_t>(got));
-        }
-        struct stat now;
-        if (fstat(fd_, &now) != 0) fail(errno);
-        if (now.st_size != opened_.st_size || now.st_mtim.tv_sec != opened_.st_mtim.tv_sec ||
-            now.st_mtim.tv_nsec != opened_.st_mtim.tv_nsec)
-            changed();
-    }
-
-    // The page cache forgets [begin, end), as far as it is not needed by others.
-    void drop(uint64_t begin, uint64_t end) const {
-        posix_fadvise(fd_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
-    }
-
-  private:
-    [[noreturn]] void fail(int error) const {
-        throw DiskError(path_ + " could not be read (" + std::strerror(error) + "); check the disk");
-    }
-    [[noreturn]] void changed() const {
-        throw DiskError(path_ + " was changed while weights were being read from it; load the model again");
-    }
-    std::string path_;
-    int fd_;
-    struct stat opened_{};
-};
 
 // Bytes that a thread wants at once.
 struct Request {

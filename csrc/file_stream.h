@@ -4,8 +4,7 @@
 // One thread reads them, strictly in the walk's order: disks, and what lies between them and us, read ahead where
 // reading is sequential; another looks up what is wanted out of order. No user ever waits in the kernel for a disk.
 // Reading goes through the page cache with plain reads and drops what it has copied, so that the cache holds nothing
-// twice and the same pages serve again. Never through a mapping: a file that shrinks under a mapping ends the process,
-// under a read it is an error.
+// twice and the same pages serve again.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -13,14 +12,9 @@
 #include <thread>
 #include <vector>
 
-#include "team.h"
+#include "read_file.h"
 
 namespace fourfold {
-
-// The file could not be read, changed, or gave nothing for too long. Threads end as they do in any stall.
-struct DiskError : StallError {
-    using StallError::StallError;
-};
 
 constexpr size_t kPieceBytes = size_t{4} << 20;   // a piece is at most this, or one panel
 constexpr size_t kRingBytes = size_t{256} << 20;  // ahead of the walk: 0.1 s of a fast disk, while no thread waits

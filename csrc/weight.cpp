@@ -1,5 +1,6 @@
 #include "weight.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -51,17 +52,49 @@ bool Weight::inputs_are_cut() const {
     return false;
 }
 
-void Weight::load(const Worker& worker, const uint8_t* panels, const float* scales) {
+// f(slice, p, local, count) for each run of the thread's panels that are neighbours in the whole matrix, from p on, as
+// they are in the slice, from `local` on.
+template <class F>
+void Weight::each_run(const Worker& worker, F f) {
     Slice& s = slices_[worker.rank];
-    const size_t from_bytes = panel_bytes(format, tiles_of(k)), to_bytes = panel_bytes(format, s.k_tiles);
     const auto [begin, end] = worker.share(s.n_panels);
     size_t local = 0;
-    for (const Range& rows : s.plan.outputs)
-        for (size_t p = rows.begin / kTileN; p * kTileN < rows.end; ++p, ++local) {
-            if (local < begin || local >= end) continue;
-            if (scales) s.scales.as<float>()[local] = scales[p];
-            if (is_in_memory()) take_inputs(s, panels + p * from_bytes, s.panels.as() + local * to_bytes);
+    for (const Range& rows : s.plan.outputs) {
+        const size_t first = rows.begin / kTileN, n = panels_of(rows.end) - first;
+        const size_t from = std::clamp(begin, local, local + n), to = std::clamp(end, local, local + n);
+        if (from < to) f(s, first + from - local, from, to - from);
+        local += n;
+    }
+}
+
+void Weight::load(const Worker& worker, const uint8_t* panels, const float* scales) {
+    const size_t from_bytes = panel_bytes(format, tiles_of(k));
+    each_run(worker, [&](Slice& s, size_t p, size_t local, size_t count) {
+        const size_t to_bytes = panel_bytes(format, s.k_tiles);
+        if (scales) std::copy_n(scales + p, count, s.scales.as<float>() + local);
+        for (size_t i = 0; i < count && is_in_memory(); ++i)
+            take_inputs(s, panels + (p + i) * from_bytes, s.panels.as() + (local + i) * to_bytes);
+    });
+}
+
+void Weight::load(const Worker& worker, const ReadFile& file, uint64_t panels, uint64_t scales) {
+    const size_t from_bytes = panel_bytes(format, tiles_of(k));
+    each_run(worker, [&](Slice& s, size_t p, size_t local, size_t count) {
+        const size_t to_bytes = panel_bytes(format, s.k_tiles);
+        if (has_scales(format))
+            file.read(scales + p * sizeof(float), count * sizeof(float), s.scales.as() + local * sizeof(float));
+        if (!is_in_memory()) return;
+        uint8_t* to = s.panels.as() + local * to_bytes;
+        if (s.k_tiles == tiles_of(k)) {
+            file.read(panels + p * from_bytes, count * from_bytes, to);
+            return;
         }
+        std::vector<uint8_t> whole(from_bytes);
+        for (size_t i = 0; i < count; ++i, to += to_bytes) {
+            file.read(panels + (p + i) * from_bytes, from_bytes, whole.data());
+            take_inputs(s, whole.data(), to);
+        }
+    });
 }
 
 float Weight::panel_scale(size_t panel) const {

@@ -7,7 +7,7 @@
 
 #include "format.h"
 #include "memory.h"
-#include "team.h"
+#include "read_file.h"
 
 namespace fourfold {
 
@@ -39,6 +39,8 @@ class Weight {
     // file (unread where they stay there), `scales` its panel scales (null for bf16 and f32). A slice is a list of byte
     // ranges: nothing is repacked.
     void load(const Worker& worker, const uint8_t* panels, const float* scales);
+    // The same from a file in which the matrix's panels and its scales begin there. Throws DiskError.
+    void load(const Worker& worker, const ReadFile& file, uint64_t panels, uint64_t scales);
 
     struct Slice {
         SlicePlan plan;
@@ -58,6 +60,8 @@ class Weight {
     bool inputs_are_cut() const;
 
   private:
+    template <class F>
+    void each_run(const Worker& worker, F f);
     std::vector<Slice> slices_;
 };
 

@@ -284,6 +284,10 @@ class Team:
     def stall_next(self, rank: int, thread: int, seconds: float) -> None:
         """For tests."""
 
+class ReadFile:
+    def __init__(self, path: str) -> None:
+        """A file of weights. Raises StallError where it cannot be opened."""
+
 class Weight:
     @property
     def n(self) -> int: ...
@@ -296,6 +300,10 @@ class Weight:
         | None,
         scales: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)] | None,
     ) -> None: ...
+    def read(self, team: Team, file: ReadFile, panels: int | None, scales: int | None) -> None:
+        """
+        From a ReadFile: where the whole matrix's panels and scales begin in it.
+        """
 
 def make_weight(
     format: str,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 import fourfold._core as _core
 from fourfold.checkpoint.fourfold_dir import FourfoldDirectory
-from fourfold.checkpoint.source import MappedFile
 from fourfold.program import Cut, Op, ProgramBuilder, assign_buffers
 from fourfold.residency import Residency
 from fourfold.rotary import table_of
@@ -38,7 +37,7 @@ class Assembly:
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
-        self._file = MappedFile(stored.weights_path)
+        self._file = _core.ReadFile(str(stored.weights_path))
 
     def run(self) -> None:
         for op in self._builder.ops:
@@ -52,16 +51,9 @@ class Assembly:
         if name not in self._weights:
             w = self._stored.weights[name]
             plans = list(zip(map(list, outputs.ranges), map(list, inputs.ranges), strict=True))
-            n_panels, is_in_memory = -(-w.shape[0] // 16), name in self._in_memory
+            is_in_memory = name in self._in_memory
             native = _core.make_weight(w.format, *w.shape, plans, self._team, None if is_in_memory else w.data_offset)
-            panels = scales = None
-            if is_in_memory:
-                panels = self._file.read(w.data_offset, w.data_offset + w.data_bytes).reshape(n_panels, -1)
-            if w.scale_offset is not None:
-                raw = self._file.read(w.scale_offset, w.scale_offset + 4 * n_panels)
-                scales = np.frombuffer(raw.tobytes(), np.float32)
-            native.load(self._team, panels, scales)
-            self._file.forget(self._file.take_reads())  # or the file would be in memory beside the copy
+            native.read(self._team, self._file, w.data_offset if is_in_memory else None, w.scale_offset)
             if is_in_memory:
                 self._loaded += w.data_bytes
                 if self._report:

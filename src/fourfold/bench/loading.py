@@ -58,7 +58,7 @@ def load(
         "peak_over_weights": spread([peak / loads.weight_bytes for peak in loads.peaks[1:]]),
         "notes": [
             "Time is that of everything from opening the directory on; peak memory is the growth of the resident set, "
-            "mapped pages of the file and a KV cache for one page included."
+            "a KV cache for one page included."
         ],
     }
 

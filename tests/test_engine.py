@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import fake_source
 import fourfold._core as _core
 import fourfold.engine
+import reference
 import tiny
 from fourfold.checkpoint import Source, open_source
 from fourfold.config import KV_FORMATS
@@ -50,6 +51,25 @@ def test_long_texts_have_the_same_bits_whoever_takes_which_chunk(tmp_path: Path,
         answers.append([engine.extend(sequence, ids), *(engine.extend(sequence, [i]) for i in (5, 6))])
         engine.close()
     np.testing.assert_array_equal(*answers)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pages_of_several_runs_do_not_touch_each_other(tmp_path: Path, ranks: int) -> None:
+    """Float32 pages of heads of 256 dimensions lie in runs of four, the last of them shorter; two texts take turns."""
+    config = tiny.CONFIG | {"head_dim": 256, "max_position_embeddings": 600}
+    tensors = tiny.tensors(config)
+    with open_source(tiny.write_huggingface(tmp_path / "source", config, tensors)) as opened:
+        convert(opened, tmp_path / "f32", "f32")
+    ids = np.random.default_rng(0).integers(0, 300, (2, 600)).tolist()
+    engine = Engine(tmp_path / "f32", ranks=ranks, kv="f32")
+    expected = [reference.forward(engine.config, tensors, text) for text in ids]
+    sequences = [engine.new_sequence(), engine.new_sequence()]
+    for size in (70, 200, 1, 150, 179):
+        for text, sequence, logits in zip(ids, sequences, expected, strict=True):
+            last = engine.extend(sequence, text[sequence.length : sequence.length + size])
+            wanted = logits[sequence.length - 1]
+            assert np.abs(last - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    engine.close()
 
 
 # ---- ranks and kernels

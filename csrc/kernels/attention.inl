@@ -7,13 +7,14 @@
 //              that shares the head takes a page before the next, so that memory is read once
 //   lanes      positions for the scores (keys lie transposed), dimensions for the values
 //   registers  up to 4 queries x kColumns vectors of sums: each load of a key or value serves 4 queries
-//   bound      one token: memory, as every key and value is read once, the next page asked for meanwhile; prompts: the
+//   bound      one token: memory, as every key and value is read once, from its page's begin to its end; prompts: the
 //              products, 2 a lane and operation in bf16
 //   accuracy   bf16: queries and softmax weights are rounded to bfloat16 as keys and values are, sums in float32;
 //              int8: float32 products of what is stored; f32: float32 throughout
 
 constexpr size_t kQuad = 4;
 constexpr size_t kColumns = kLanes == 16 ? 4 : 2;  // vectors
+static_assert(KvPage::kBlock % (kColumns * kLanes) == 0);
 
 // What a page's elements are multiplied with: float32, or pairs of bfloat16 for pages of those.
 template <KvFormat F>

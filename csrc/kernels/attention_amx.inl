@@ -17,7 +17,7 @@ constexpr size_t kTileRowBytes = 64;
 constexpr size_t kTogether = 4 * kPage;  // positions
 constexpr size_t kHalf = kPage / 2;      // positions that one product sums over
 constexpr size_t kKeyRowBytes = kPage * 4, kScoreRowBytes = kTogether * sizeof(float);
-static_assert(kAttendQueries == 16);
+static_assert(kAttendQueries == 16 && KvPage::kBlock == 4 * 16);  // a tile of sums has 16 rows and 16 columns
 
 // What a thread's scratch holds, in bytes from its begin.
 struct TiledScratch {

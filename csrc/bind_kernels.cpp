@@ -56,7 +56,7 @@ void linear(const std::string& name, const std::string& isa, Array<const uint8_t
         throw std::invalid_argument("linear: the arrays' shapes do not agree");
     const NodeMemory packed(packed_bytes(kernel->activation, m, k_tiles), kAnyNode),
         scratch(kLinearScratchBytes, kAnyNode);
-    const size_t padded = kernel->activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
+    const size_t padded = padded_rows(kernel->activation, m);
     rows_named(isa).pack(kernel->activation, x.data(), k, m, k, k_tiles, 0, padded, 0, k_tiles, packed.as());
     kernel->run({panels.data(), scales ? scales->data() : nullptr, panels.shape(0), k_tiles, packed.as(), m, y.data(),
                  y.shape(1), scratch.as()});

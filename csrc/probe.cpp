@@ -31,7 +31,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr auto kPeakTime = std::chrono::milliseconds(50);  // a repetition: long enough for the clock rate to settle
-constexpr const PeakProbe* kPeaks[] = {&kPeakAmxBf16, &kPeakAvx512Bf16, &kPeakAvx512F32, &kPeakAvx2F32};
+constexpr const PeakProbe* kPeaks[] = {&kPeakAmxBf16, &kPeakAvx512Int8, &kPeakAvx512Bf16, &kPeakAvx512F32,
+                                       &kPeakAvx2F32};
 
 using Clock = std::chrono::steady_clock;
 

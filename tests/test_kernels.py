@@ -192,6 +192,43 @@ def test_the_same_call_gives_the_same_bits(name: str) -> None:
         assert (run(name, x, matrix, pack_isa=isa) == first).all(), f"inputs packed by {isa} differ"
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"] == "u8"])
+def test_inputs_far_from_zero_and_close_to_each_other(name: str) -> None:
+    matrix, x = some_matrix(ROWS[name]["format"], 40, 320), some_rows(9, 320)
+    check(name, x / 1e3 + np.float32(5), matrix)
+    least = run(name, np.float32(1e-32) * x, matrix)[:, :40]  # no step at all
+    assert (np.abs(least) <= 1e-30 * np.abs(matrix.values).sum(axis=1)).all()
+    check(name, np.sign(x) * np.float32(1e31), pack(some_rows(40, 320), ROWS[name]["format"]))
+    assert not np.isfinite(run(name, np.sign(x) * np.float32(3e38), matrix)).any()  # farther apart than any float32
+
+
+def _outlier_channels(rng: np.random.Generator, shape: tuple[int, int]) -> Any:
+    factors = np.ones(shape[1])
+    factors[rng.choice(shape[1], shape[1] // 100, replace=False)] = 20
+    return rng.standard_normal(shape) * factors
+
+
+ACTIVATIONS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "all of a sign": lambda rng, shape: rng.standard_normal(shape) + 3,
+    "outliers in some channels": _outlier_channels,
+    "heavy tails": lambda rng, shape: rng.standard_t(2, shape),
+    "gated": lambda rng, shape: (g := rng.standard_normal(shape)) / (1 + np.exp(-g)) * rng.standard_normal(shape),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["format"] == "nf4"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_rounding_stays_below_a_tenth_of_what_nf4_loses(name: str, kind: str) -> None:
+    rng = np.random.default_rng(4)
+    weights = rng.standard_normal((128, 2048), dtype=np.float32)
+    x = ACTIVATIONS[kind](rng, (48, 2048)).astype(np.float32)
+    matrix = pack(weights, "nf4")
+    exact = x.astype(np.float64) @ matrix.values.T
+    lost = np.sqrt(np.mean((exact - x.astype(np.float64) @ weights.T.astype(np.float64)) ** 2))
+    assert np.sqrt(np.mean((run(name, x, matrix) - exact) ** 2)) < 0.1 * lost
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"] == "i16"])
 def test_a_token_alone_has_the_same_bits_as_among_others(name: str) -> None:
     matrix, x = some_matrix(ROWS[name]["format"], 100, 576), some_rows(8, 576)
@@ -248,12 +285,16 @@ def test_tokens_outputs_and_inputs_beyond_one_block_of_tiles(name: str, shape: t
     check(name, some_rows(m, k), some_matrix(ROWS[name]["format"], n, k))
 
 
-# What a step of M tokens runs in the scaled formats, and in bf16, where there is nothing to decode.
+# What a step of M tokens runs in the 4-bit formats; in int8, to which bytes of activations would cost too much; and in
+# bf16, where there is nothing to decode.
 SCALED = {
     "scalar": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_scalar"},
     "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
-    "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
+    "avx512": {(1, 8, 9, 12): "linear_{}_i16_avx512", (13, 16, 512): "linear_{}_u8_avx512"},
     "amx": {(1, 3): "linear_{}_i16_avx512", (4, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
+}
+INT8 = SCALED | {
+    "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
 }
 BF16 = SCALED | {
     "avx512": {(1, 8): "linear_{}_f32_avx512", (9, 512): "linear_{}_bf16_avx512"},
@@ -264,7 +305,7 @@ BF16 = SCALED | {
 @pytest.mark.parametrize("isa", SCALED)
 @pytest.mark.parametrize("fmt", tiles.CODE_BYTES)
 def test_the_table_chooses_these_rows(isa: str, fmt: str) -> None:
-    expected = BF16[isa] if fmt == "bf16" else SCALED[isa]
+    expected = {"int8": INT8, "bf16": BF16}.get(fmt, SCALED)[isa]
     if fmt == "f32":  # exact at any M
         expected = {(1, 16, 17, 512): f"linear_{{}}_f32_{'avx512' if isa == 'amx' else isa}"}
     for ms, pattern in expected.items():

@@ -103,7 +103,7 @@ def stories(shared: Path, converted: Converted) -> Stories:
 
 
 @needs_avx512
-@pytest.mark.parametrize("kernel", ["", "linear_nf4_i16_avx512", "linear_nf4_bf16_avx512"])
+@pytest.mark.parametrize("kernel", ["", "linear_nf4_i16_avx512", "linear_nf4_bf16_avx512", "linear_nf4_u8_avx512"])
 def test_a_fast_kernel_adds_less_than_a_fiftieth_to_what_4_bits_lose(stories: Stories, kernel: str) -> None:
     exact = stories.read("nf4", kernel="linear_nf4_f32_avx512", kv="f32")
     fast = stories.read("nf4", kernel=kernel, kv="f32")

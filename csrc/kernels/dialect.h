@@ -5,7 +5,9 @@
 //   add_pairs adds the products of the two bfloat16 in each of kLanes 32-bit words with the two in x, rounding in an
 //   order of its own. exp is within 2 units in the last place for x <= 0 (all it is used for), exp(-87) = 1.6e-38 below
 //   -87, and NaN of NaN. max(a, b) is b where one of them is NaN. store_bf16 rounds 2 kLanes floats to bfloat16,
-//   store_pair_order 32 of them in kPairOrder; subnormals may become zero, as which the products take them.
+//   store_pair_order 32 of them in kPairOrder; subnormals may become zero, as which the products take them. extremes
+//   finds the least and the largest of each 32 of 64 floats that are numbers; store_bytes rounds floats of 0 to 255 to
+//   nearest even.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -74,6 +76,24 @@ inline Vec round_even(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAR
 inline Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+// `fold` over each 32 of 64 floats.
+template <class Fold>
+inline void fold_32(const float* x, float* out, Fold fold) {
+    const __m512 a = fold(load(x), load(x + 16)), b = fold(load(x + 32), load(x + 48));
+    __m512 v = fold(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    v = fold(v, _mm512_shuffle_f32x4(v, v, 0xB1));
+    v = fold(v, _mm512_permute_ps(v, 0x4E));
+    v = fold(v, _mm512_permute_ps(v, 0xB1));
+    out[0] = _mm512_cvtss_f32(v);
+    out[1] = _mm_cvtss_f32(_mm512_extractf32x4_ps(v, 2));
+}
+inline void extremes(const float* x, float* least, float* most) {
+    fold_32(x, least, [](__m512 a, __m512 b) { return _mm512_min_ps(a, b); });
+    fold_32(x, most, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+}
+inline void store_bytes(uint8_t* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 
 #elif defined(__AVX2__)
 
@@ -171,6 +191,21 @@ inline Vec exp(Vec x) { return std::exp(x); }
 #endif
 
 #if !defined(__AVX512F__)
+inline void extremes(const float* x, float* least, float* most) {
+    for (size_t i = 0; i < 2; ++i, x += 32) {
+        least[i] = most[i] = x[0];
+        for (size_t k = 1; k < 32; ++k) {
+            least[i] = x[k] < least[i] ? x[k] : least[i];
+            most[i] = x[k] > most[i] ? x[k] : most[i];
+        }
+    }
+}
+inline void store_bytes(uint8_t* p, Vec v) {
+    float values[kLanes];
+    store(values, v);
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    for (size_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(values[i] + 0x1.8p23f));
+}
 inline void store_bf16(void* to, const float* x) {
     uint16_t words[2 * kLanes];
     for (size_t i = 0; i < 2 * kLanes; ++i) words[i] = to_bf16(x[i]);

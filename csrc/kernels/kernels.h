@@ -21,9 +21,10 @@ enum class Activation : uint8_t {
     f32,   // (M, 64 k_tiles) float32
     i16,   // 16-bit fixed point per row and tile, in two signed bytes; see I16Row
     bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero; the
-           // bands of 16 rows lie band_bytes apart
+           // bands of 16 rows lie kBf16Bands.bytes apart
+    u8,    // bytes between the least and the largest of 32 inputs, in bands of 8 rows; see U8Tile
 };
-constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16"};
+constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16", "u8"};
 
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
 // A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
@@ -41,13 +42,34 @@ struct I16Row {
     }
 };
 
-// From one band of bf16 activations to the next: an odd number of 8 KB. The same 512 inputs of many bands, which
-// kernels take together, then fill a second-level cache evenly (2,048 sets of lines: 16 times 8 KB). If bands lay as
-// far apart as K demands, at K = 8192 they would share an eighth of it.
-constexpr size_t band_bytes(size_t k_tiles) { return ((k_tiles + 3) / 4 | 1) * 8192; }
+// A tile of u8 activations: 64 inputs of 8 rows. Of every 32 inputs of a row, x[k] ~= low + step * code, where low is
+// the least of them and step a 255th of the way to the largest: an error of at most step / 2. Where they differ by less
+// than 1e-30, step is 0; where one of a row's 64 is NaN or infinite, all its steps are NaN. Sums of numbers beyond 1e31
+// may not be finite. Rows beyond M are zero.
+struct U8Tile {
+    static constexpr size_t kRows = 8, kBlock = 32, kBlocks = kTileK / kBlock;
+    uint8_t codes[kRows][kTileK];
+    float steps[kRows][kBlocks], lows[kRows][kBlocks];
+};
+
+// Activations that come in bands of several rows, a band tile by tile.
+struct Bands {
+    size_t rows, tile_bytes, unit;
+    // From one band to the next: an odd number of units, which the same 512 inputs of many bands, which kernels take
+    // together, fill evenly as they do a second-level cache (2,048 sets of lines: 128 KB). If bands lay as far apart as
+    // K demands, those of bf16 at K = 8192 would share an eighth of it.
+    constexpr size_t bytes(size_t k_tiles) const { return ((k_tiles * tile_bytes + unit - 1) / unit | 1) * unit; }
+};
+constexpr Bands kBf16Bands = {16, 16 * kTileK * 2, 8192}, kU8Bands = {U8Tile::kRows, sizeof(U8Tile), 2048};
+constexpr const Bands* bands_of(Activation a) {
+    return a == Activation::bf16 ? &kBf16Bands : a == Activation::u8 ? &kU8Bands : nullptr;
+}
 
 // M, or as many rows as its whole bands have.
-constexpr size_t padded_rows(Activation a, size_t m) { return a == Activation::bf16 ? (m + 15) / 16 * 16 : m; }
+constexpr size_t padded_rows(Activation a, size_t m) {
+    const Bands* bands = bands_of(a);
+    return bands ? (m + bands->rows - 1) / bands->rows * bands->rows : m;
+}
 // Where packed row m begins, a multiple of 16.
 size_t packed_offset(Activation a, size_t m, size_t k_tiles);
 // Bytes of M packed rows.

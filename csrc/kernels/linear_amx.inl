@@ -222,7 +222,8 @@ class Walk {
         return {count * step / n_steps, count * (step + 1) / n_steps};
     }
     Rows x_at(size_t m, size_t tile) const {
-        return {a_.x + m / 16 * band_bytes(a_.k_tiles) + tile * 2 * kTileBytes, band_bytes(a_.k_tiles)};
+        const size_t band = kBf16Bands.bytes(a_.k_tiles);
+        return {a_.x + m / 16 * band + tile * 2 * kTileBytes, band};
     }
     float* y_at(size_t m, size_t panel) const { return a_.y + m * a_.y_stride + panel * kTileN; }
 

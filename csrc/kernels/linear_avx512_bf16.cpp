@@ -58,7 +58,7 @@ void linear(const LinearArgs& a) {
             const uint8_t* w = panel_to_bf16<F>(a.panels + p * panel_bytes(F, a.k_tiles),
                                                 has_scales(F) ? a.panel_scales[p] : 1.0f, a.k_tiles, t0, t1, a.scratch);
             for (size_t m = 0; m < a.m; m += 16)
-                multiply(a.x + m / 16 * band_bytes(a.k_tiles) + t0 * 2048, w, t1 - t0,
+                multiply(a.x + m / 16 * kBf16Bands.bytes(a.k_tiles) + t0 * 2048, w, t1 - t0,
                          a.y + m * a.y_stride + p * kTileN, a.y_stride, std::min<size_t>(16, a.m - m), t0 == 0);
         }
     }
@@ -70,6 +70,8 @@ template <Format F>
 void linear_f32_avx512(const LinearArgs&);
 template <Format F>
 void linear_i16_avx512(const LinearArgs&);
+template <Format F>
+void linear_u8_avx512(const LinearArgs&);
 
 namespace {
 
@@ -85,30 +87,41 @@ constexpr LinearKernel i16_row(std::string_view name, float codebook_error, size
     return {name, Isa::avx512, F, Activation::i16, 1, m_max, linear_i16_avx512<F>, 0, codebook_error, 0, 0.5f / 32512};
 }
 template <Format F>
+constexpr LinearKernel u8_row(std::string_view name, float codebook_error) {
+    // Half a step is at most a 255th of the block's largest.
+    return {name, Isa::avx512, F, Activation::u8, 1, SIZE_MAX, linear_u8_avx512<F>, 0, codebook_error, 0, 1.0f / 255};
+}
+template <Format F>
 constexpr LinearKernel bf16_row(std::string_view name) {
     return {name, Isa::avx512, F, Activation::bf16, 1, SIZE_MAX, linear<F>, F == Format::bf16 ? 0 : kBf16, 0, kBf16, 0};
 }
+constexpr float kNf4Bytes = 0.5f / 112.05f, kFp4BnbBytes = 0.375f / 120;  // what codebooks lose as bytes, of the scale
 // Tokens up to which these rows are the faster ones: i16 pays its decoding every 8 tokens but rounds less and needs no
 // scratch; bf16 weights have nothing to decode, and float32 sums half as many a cycle.
-constexpr size_t kFewScaled = 32, kFewBf16 = 8;
+constexpr size_t kFew4bit = 12, kFewInt8 = 32, kFewBf16 = 8;
 
 constexpr LinearKernel kRows[] = {
-    i16_row<Format::nf4>("linear_nf4_i16_avx512", 0.5f / 112.05f, kFewScaled),
-    i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFewScaled),
-    i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFewScaled),
-    i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_avx512", 0.375f / 120, kFewScaled),
-    i16_row<Format::uint4>("linear_uint4_i16_avx512", 0, kFewScaled),
-    i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFewScaled),
+    i16_row<Format::nf4>("linear_nf4_i16_avx512", kNf4Bytes, kFew4bit),
+    i16_row<Format::int4>("linear_int4_i16_avx512", 0, kFew4bit),
+    i16_row<Format::fp4>("linear_fp4_i16_avx512", 0, kFew4bit),
+    i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_avx512", kFp4BnbBytes, kFew4bit),
+    i16_row<Format::uint4>("linear_uint4_i16_avx512", 0, kFew4bit),
+    i16_row<Format::int8>("linear_int8_i16_avx512", 0, kFewInt8),
     f32_row<Format::bf16>("linear_bf16_f32_avx512", kFewBf16),
     f32_row<Format::f32>("linear_f32_f32_avx512", SIZE_MAX),
+    u8_row<Format::nf4>("linear_nf4_u8_avx512", kNf4Bytes),
+    u8_row<Format::int4>("linear_int4_u8_avx512", 0),
+    u8_row<Format::fp4>("linear_fp4_u8_avx512", 0),
+    u8_row<Format::fp4_bnb>("linear_fp4_bnb_u8_avx512", kFp4BnbBytes),
+    u8_row<Format::uint4>("linear_uint4_u8_avx512", 0),
+    bf16_row<Format::int8>("linear_int8_bf16_avx512"),  // which loses less than bytes of activations would
+    bf16_row<Format::bf16>("linear_bf16_bf16_avx512"),
+    // The more exact rows of the scaled formats, chosen by name.
     bf16_row<Format::nf4>("linear_nf4_bf16_avx512"),
     bf16_row<Format::int4>("linear_int4_bf16_avx512"),
     bf16_row<Format::fp4>("linear_fp4_bf16_avx512"),
     bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_avx512"),
     bf16_row<Format::uint4>("linear_uint4_bf16_avx512"),
-    bf16_row<Format::int8>("linear_int8_bf16_avx512"),
-    bf16_row<Format::bf16>("linear_bf16_bf16_avx512"),
-    // The more exact rows of the scaled formats, chosen by name.
     f32_row<Format::nf4>("linear_nf4_f32_avx512", SIZE_MAX),
     f32_row<Format::int4>("linear_int4_f32_avx512", SIZE_MAX),
     f32_row<Format::fp4>("linear_fp4_f32_avx512", SIZE_MAX),

@@ -39,6 +39,6 @@ struct PeakProbe {
     double flops_per_call;  // multiplications and additions
     double (*run)();
 };
-extern const PeakProbe kPeakAvx2F32, kPeakAvx512F32, kPeakAvx512Bf16, kPeakAmxBf16;
+extern const PeakProbe kPeakAvx2F32, kPeakAvx512F32, kPeakAvx512Bf16, kPeakAvx512Int8, kPeakAmxBf16;
 
 }  // namespace fourfold

@@ -88,16 +88,22 @@ inline const float* take_tile(const float* tile, size_t t, size_t k, float (&pad
     return padded;
 }
 
+// NaN where 64 values hold NaN or infinity, else 0.
+inline float poison_of(const float* x) {
+    Vec poison = zero();
+    for (size_t i = 0; i < kTileK; i += kLanes) poison = add(poison, mul(load(x + i), zero()));
+    return sum(poison);
+}
+
 inline void pack_i16(const float* x, uint8_t* codes, float* scale, int32_t* offset) {
-    Vec biggest = zero(), poison = zero();  // poison: 0, or NaN where x holds NaN or infinity
+    Vec biggest = zero();
     for (size_t i = 0; i < kTileK; i += kLanes) {
         const Vec v = load(x + i);
         biggest = max(biggest, max(v, sub(zero(), v)));
-        poison = fma(v, zero(), poison);
     }
-    if (const float p = sum(poison); p != 0) {
+    if (const float poison = poison_of(x); poison != 0) {
         std::memset(codes, 0, I16Row::tile_bytes);
-        *scale = p;
+        *scale = poison;
         *offset = 0;
         return;
     }
@@ -115,6 +121,23 @@ inline void pack_i16(const float* x, uint8_t* codes, float* scale, int32_t* offs
     *offset = -128 * total;
 }
 
+// One row of a U8Tile.
+inline void pack_u8(const float* x, uint8_t* codes, float* steps, float* lows) {
+    static_assert(U8Tile::kBlock == 32);
+    float most[U8Tile::kBlocks], factors[U8Tile::kBlocks];
+    extremes(x, lows, most);
+    const float poison = poison_of(x);
+    for (size_t b = 0; b < U8Tile::kBlocks; ++b) {
+        const float range = most[b] - lows[b];
+        steps[b] = poison != 0 ? poison : range > 1e-30f ? range * (1 / 255.0f) : 0.0f;
+        factors[b] = range > 1e-30f ? 255.0f / range : 0.0f;
+    }
+    for (size_t i = 0; i < kTileK; i += kLanes) {
+        const size_t b = i / U8Tile::kBlock;
+        store_bytes(codes + i, mul(sub(load(x + i), set1(lows[b])), set1(factors[b])));
+    }
+}
+
 void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, size_t k_tiles, size_t m0, size_t m1,
           size_t t0, size_t t1, uint8_t* out) {
     for (size_t row = m0; row < m1; ++row)
@@ -123,12 +146,17 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
             const float* tile =
                 row < m ? take_tile(x + (row - m0) * x_stride + (t - t0) * kTileK, t, k, padded) : nullptr;
             if (a == Activation::bf16) {
-                uint8_t* to = out + row / 16 * band_bytes(k_tiles) + t * 2048 + row % 16 * 64;
+                uint8_t* to = out + row / 16 * kBf16Bands.bytes(k_tiles) + t * 2048 + row % 16 * 64;
                 for (size_t half = 0; half < 2; ++half, to += 1024)
                     if (tile)
                         store_pair_order(reinterpret_cast<uint16_t*>(to), tile + half * 32);
                     else
                         std::memset(to, 0, 64);
+            } else if (a == Activation::u8) {
+                alignas(64) static constexpr float kZeros[kTileK] = {};
+                auto* band = reinterpret_cast<U8Tile*>(out + row / U8Tile::kRows * kU8Bands.bytes(k_tiles));
+                const size_t r = row % U8Tile::kRows;
+                pack_u8(tile ? tile : kZeros, band[t].codes[r], band[t].steps[r], band[t].lows[r]);
             } else if (a == Activation::f32) {
                 std::memcpy(out + (row * k_tiles + t) * sizeof padded, tile, sizeof padded);
             } else {

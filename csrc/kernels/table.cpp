@@ -37,20 +37,14 @@ size_t rows_of_class(size_t m, RowClass row_class) {
 }  // namespace
 
 size_t packed_offset(Activation a, size_t m, size_t k_tiles) {
-    switch (a) {
-        case Activation::f32:
-            return m * k_tiles * kTileK * sizeof(float);
-        case Activation::i16:
-            return m * I16Row::bytes(k_tiles);
-        case Activation::bf16:
-            return m / 16 * band_bytes(k_tiles);
-    }
-    return 0;
+    if (const Bands* bands = bands_of(a)) return m / bands->rows * bands->bytes(k_tiles);
+    return m * (a == Activation::i16 ? I16Row::bytes(k_tiles) : k_tiles * kTileK * sizeof(float));
 }
 
 size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {
-    if (a != Activation::bf16 || m == 0) return packed_offset(a, m, k_tiles);
-    return packed_offset(a, m - 1, k_tiles) + 16 * k_tiles * kTileK * sizeof(uint16_t);
+    const Bands* bands = bands_of(a);
+    if (!bands || m == 0) return packed_offset(a, m, k_tiles);
+    return packed_offset(a, m - 1, k_tiles) + k_tiles * bands->tile_bytes;
 }
 
 std::span<const LinearKernel> linear_kernels() {

@@ -60,7 +60,7 @@ const uint8_t* make_x(Activation activation, size_t m, size_t k, float size, flo
     Random random(m);
     for (size_t i = 0; i < m * k; ++i) x[i] = random.normal() * size;
     if (bad != 0) x[m / 2 * k + k / 3] = bad;
-    const size_t k_tiles = tiles_of(k), padded = activation == Activation::bf16 ? (m + 15) / 16 * 16 : m;
+    const size_t k_tiles = tiles_of(k), padded = padded_rows(activation, m);
     uint8_t* const packed = kX.last(packed_bytes(activation, m, k_tiles));
     kRowsAvx512.pack(activation, x, k, m, k, k_tiles, 0, padded, 0, k_tiles, packed);
     return packed;

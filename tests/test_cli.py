@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import pty
 import select
@@ -228,6 +229,17 @@ def test_a_bar_shows_any_title(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with bar("converting [bold]x[/y]") as report:
         report(1, 2)
     assert "converting [bold]x[/y]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_is_null_in_json(run: Run, monkeypatch: pytest.MonkeyPatch, figure: float) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    measured = {"nll": figure, "of_read": {"median": 1.5, "all": [figure, 2.0]}, "pair": (figure, "é")}
+    monkeypatch.setattr(cli_evaluate, "evaluate", lambda _: measured)
+    found = json.loads(run("eval", "a", "--ids", "b", "--json")[1], parse_constant=refuse)
+    assert found == {"nll": None, "of_read": {"median": 1.5, "all": [None, 2.0]}, "pair": [None, "é"]}
 
 
 def test_eval_compares_two_models(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -178,12 +178,12 @@ def test_a_file_that_shrinks_is_an_error_and_no_crash(nf4: Path, ranks: int) -> 
     engine = Engine(nf4, ranks=ranks, weights="disk")
     engine.logits(IDS)
     os.truncate(nf4 / "model.safetensors", 10_000)
-    spoil(engine, "model.safetensors was changed while weights were being read from it; load the model again")
+    spoil(engine, "model.safetensors was changed while weights were being read from it; begin again")
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_file_that_shrinks_while_it_is_loaded_is_an_error_and_no_crash(nf4: Path, ranks: int) -> None:
-    with pytest.raises(RuntimeFailure, match="was changed while weights were being read from it; load the model again"):
+    with pytest.raises(RuntimeFailure, match="was changed while weights were being read from it; begin again"):
         Engine(nf4, ranks=ranks, report=lambda done, total: os.truncate(nf4 / "model.safetensors", 10_000))
 
 

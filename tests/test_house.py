@@ -28,7 +28,7 @@ FLOORS = (
         *("vocabulary", "sampling", "tokenizer", "sandbox", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
     ),
-    ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
+    ("engine", "assembly", "patience", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
         "progress",

@@ -78,7 +78,7 @@ class SourceFile:
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop), fewer where the file ends before. Raises as `read_runs` does."""
         start, stop = min(start, self.size), min(stop, self.size)
-        return self.read_runs(start, 0, 1, stop - start)[0]
+        return self.read_runs(start, 0, 1, stop - start).reshape(-1)
 
     def read_runs(self, start: int, stride: int, n_runs: int, n_bytes: int) -> NDArray[np.uint8]:
         """Runs of `n_bytes` whose begins lie `stride` bytes apart, (n_runs, n_bytes), all inside the file.
@@ -87,7 +87,7 @@ class SourceFile:
         """
         if self._is_closed:
             raise ValueError(f"{self.path} has been closed")
-        runs = np.empty((n_runs, n_bytes), np.uint8)
+        runs: NDArray[np.uint8] = np.empty((n_runs, n_bytes), np.uint8)
         try:
             file = _core.ReadFile(str(self.path))
             if file.stamp != self._stamp:

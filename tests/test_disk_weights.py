@@ -257,7 +257,7 @@ except FourfoldError as error:
 
 def test_without_a_thread_to_read_with_no_weights_stay_on_disk(nf4: Path, tmp_path: Path) -> None:
     message = "model.safetensors with (Resource temporarily unavailable); raise this process's limit of threads\n"
-    printed = preload.run(NO_READER, tmp_path, str(nf4), timeout=30)
+    printed = preload.run(NO_READER, tmp_path, str(nf4), timeout=100)
     assert printed.startswith("RuntimeFailure the system gives no thread to read")
     assert printed.endswith(message)
 
@@ -283,7 +283,7 @@ os._exit(0)
 def test_a_forked_process_waits_for_no_disk(nf4: Path) -> None:
     """Neither in a step nor at the end."""
     command = [sys.executable, "-c", FORK, str(nf4)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
 
 

@@ -34,6 +34,7 @@ from fourfold.checkpoint.coded import CodedTensor
 from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
 from fourfold.evaluate import evaluate
+from fourfold.json_text import json_text
 from fourfold.progress import note
 from fourfold.tokenizer import Tokenizer
 from peers.install import reason
@@ -102,7 +103,7 @@ def calibrated(
                 note(f"{name}: the KL divergence is {rows[name]['kept']['kl_mean']:.3f}")  # the rest may take an hour
     _show(rows)
     if as_json:
-        print(json.dumps({"model": model, "texts": len(paragraphs), "files": rows}))
+        print(json_text({"model": model, "texts": len(paragraphs), "files": rows}))
 
 
 def make(source: Path, target: Path, recipe: Recipe, texts: Sequence[Sequence[int]], probe: Sequence[int]) -> None:

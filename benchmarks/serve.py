@@ -11,7 +11,6 @@ docs/serving.md and docs/serving.zh.md, the chart to docs/serving-load.svg besid
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ import typer
 from fourfold import LLM
 from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
+from fourfold.json_text import json_text
 from load.clients import drive
 from load.offline import tokens_per_second
 from load.report import chart, markdown, summary
@@ -56,7 +56,7 @@ def serve(
             asks = traffic(max(12, requests * n), vocab, THINK_SECONDS, LEAVING, seed=n)
             records, seconds = asyncio.run(drive(server.url, server.stats()["model"], asks, n))
             levels.append({"clients": n, **summary(records, seconds)})
-            typer.echo(json.dumps(levels[-1]), err=True)
+            typer.echo(json_text(levels[-1]), err=True)
             if leaks := server.leaks(files):
                 raise RuntimeFailure(f"after {n} clients the server still holds {', '.join(leaks)}")
         share = _share(llm, server, share_at, requests, rounds, speculate)

@@ -14,7 +14,6 @@ Needs `pip install 'fourfold[tensorflow]'`. The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 import fourfold._core as _core
+from fourfold.json_text import json_text
 from fourfold.matrix import default_threads
 from fourfold.tensorflow import Dense, quantize
 from fourfold.tensorflow.layers import as_bytes
@@ -49,7 +49,7 @@ def main() -> None:
             results.append({"size": size, "what": name, **times})
             spread = f"({times['low']:.3f}–{times['high']:.3f})"
             print(f"{size:6} {name:48} {times['us']:8.1f} µs  {times['ratio']:.3f} {spread}")
-    print(json.dumps({"format": options.format, "threads": default_threads(), "results": results}))
+    print(json_text({"format": options.format, "threads": default_threads(), "results": results}))
 
 
 def measure(size: int, format: str, megabytes: int, repeats: int) -> dict[str, dict[str, float]]:

@@ -26,6 +26,7 @@ from rich.table import Table
 import unquantized
 from fourfold.cli import run_as
 from fourfold.errors import RuntimeFailure, UserError
+from fourfold.json_text import json_text
 from fourfold.machine import plan_ranks, read_machine
 from fourfold.tokenizer import Tokenizer
 from peers.worker import PeerFailed, Worker
@@ -68,7 +69,7 @@ def compare(
         rows = _measure(subject, chosen, rounds, Path(scratch), cpus)
     _show(rows)
     if as_json:
-        print(json.dumps({"model": model, "threads": threads, "rounds": rounds, "methods": rows}))
+        print(json_text({"model": model, "threads": threads, "rounds": rounds, "methods": rows}))
 
 
 def _measure(

@@ -76,6 +76,12 @@ void read_weight(std::shared_ptr<Weight> w, Team& team, std::shared_ptr<const Re
     keep_on_stall([&] { team.run(read); }, w, file);
 }
 
+void read_runs(const ReadFile& file, uint64_t offset, uint64_t stride, Array<uint8_t, 2> to) {
+    nb::gil_scoped_release free_threads;
+    if (to.shape(0) == 1) file.ask(offset, to.shape(1));
+    file.read_runs(offset, stride, to.shape(0), to.shape(1), to.data());
+}
+
 Vectors place(const Program& p, const std::vector<Array<const float, 1>>& arrays) {
     std::vector<std::span<const float>> parts;
     for (const auto& a : arrays) parts.emplace_back(a.data(), a.shape(0));
@@ -130,7 +136,19 @@ void bind_program(nb::module_& m) {
         .def(
             "__init__",
             [](ReadFile* self, const std::string& path) { new (self) ReadFile(path, POSIX_FADV_SEQUENTIAL); }, "path"_a,
-            "A file of weights. Raises StallError where it cannot be opened.");
+            "A file of weights. Raises StallError where it cannot be opened.")
+        .def_prop_ro("bytes_read", &ReadFile::bytes_read, "So far, by all threads.")
+        .def_prop_ro(
+            "stamp",
+            [](const ReadFile& file) {
+                const struct stat& s = file.opened();
+                return std::tuple(uint64_t{s.st_dev}, uint64_t{s.st_ino}, static_cast<int64_t>(s.st_size),
+                                  static_cast<int64_t>(s.st_mtim.tv_sec) * 1'000'000'000 + s.st_mtim.tv_nsec);
+            },
+            "Device, number, bytes and time of change (ns), as it was opened: another file has another.")
+        .def("read_runs", &read_runs, "offset"_a, "stride"_a, "to"_a,
+             "The rows of `to`, whose begins lie `stride` bytes apart in the file. Raises StallError where it changed.")
+        .def("stop", &ReadFile::stop, "Reads end in a StallError, as soon as the disk lets go of them.");
     nb::class_<Weight>(m, "Weight")
         .def_prop_ro("n", [](const Weight& w) { return w.n; })
         .def_prop_ro("k", [](const Weight& w) { return w.k; })

@@ -21,6 +21,7 @@ REFUSALS = r"""
 ssize_t pread(int fd, void* to, size_t n, off_t at) {
     ssize_t (*real)(int, void*, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
     if (getenv("DISK_HANGS")) pause();
+    if (getenv("DISK_IS_SLOW")) usleep(20000);
     if (getenv("DISK_FAILS")) { errno = EIO; return -1; }
     return real(fd, to, n, at);
 }

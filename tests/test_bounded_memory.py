@@ -1,4 +1,4 @@
-"""A conversion takes the same memory whatever the model: its own arrays, and the pages of the source that it maps."""
+"""A conversion takes the same memory whatever the model: pieces of the source, and of what they become."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from fourfold.checkpoint.hf_config import model_config
 from fourfold.models import weight_specs
@@ -56,7 +54,7 @@ def write_sparse(path: Path, n_layers: int) -> int:
 
 
 def peak_growth(source: Path) -> int:
-    """Bytes by which a process's largest resident set, mapped pages included, grows while it converts."""
+    """Bytes by which a process's largest resident set grows while it converts."""
     arguments = [sys.executable, "-c", MEASURE, str(source), str(source.parent / f"{source.name}-nf4"), "nf4"]
     return int(subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=300).stdout)
 
@@ -67,26 +65,3 @@ def test_a_model_twice_as_large_takes_no_more_memory(tmp_path: Path) -> None:
     small, large = (peak_growth(tmp_path / f"source-{n_layers}") for n_layers in (8, 16))
     assert large < 1.2 * small
     assert large < 75e6
-
-
-LOCKED = """
-import ctypes, sys
-from pathlib import Path
-from fourfold.checkpoint.source import MappedFile
-MCL_FUTURE = 2
-if ctypes.CDLL(None).mlockall(MCL_FUTURE):
-    sys.exit(77)
-file = MappedFile(Path(sys.argv[1]))
-assert bytes(file.read(0, 3)) == b"abc"
-file.forget(file.take_reads())
-assert bytes(file.read(0, 3)) == b"abc"
-"""
-
-
-def test_a_process_that_locks_its_memory_reads_files_too(tmp_path: Path) -> None:
-    """Locked pages cannot be given back; nor need they be."""
-    (tmp_path / "file").write_bytes(b"abc")
-    done = subprocess.run([sys.executable, "-c", LOCKED, str(tmp_path / "file")], capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip("this process may not lock memory")
-    assert (done.returncode, done.stderr) == (0, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import pty
 import select
@@ -29,14 +30,15 @@ from scripted import scripted_llm
 Run = Callable[..., tuple[int, str, str]]
 Start = Callable[..., subprocess.Popen[str]]
 
-# A process of its own: `main` with a model that says "one two ..." at 20 ms a token.
+# A process of its own: `main` with a model that says "one two ...", and waits amid that where it is to be interrupted.
 SLOW = """
-import sys, time
+import itertools, sys, time
 sys.path.insert(0, {tests!r})
 from scripted import ScriptedEngine, scripted_llm
 from fourfold import cli, cli_generate
 extend = ScriptedEngine.extend
-ScriptedEngine.extend = lambda *a: (time.sleep(0.06), extend(*a))[1]
+calls = itertools.count()
+ScriptedEngine.extend = lambda *a: (time.sleep(100 if next(calls) == {waits_at} else 0.06), extend(*a))[1]
 cli_generate.load = lambda options: scripted_llm("one two three four five six seven eight nine ten.<eos>")[0]
 cli.main(sys.argv[1:])
 """
@@ -230,6 +232,17 @@ def test_a_bar_shows_any_title(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "converting [bold]x[/y]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_is_null_in_json(run: Run, monkeypatch: pytest.MonkeyPatch, figure: float) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    measured = {"nll": figure, "of_read": {"median": 1.5, "all": [figure, 2.0]}, "pair": (figure, "é")}
+    monkeypatch.setattr(cli_evaluate, "evaluate", lambda _: measured)
+    found = json.loads(run("eval", "a", "--ids", "b", "--json")[1], parse_constant=refuse)
+    assert found == {"nll": None, "of_read": {"median": 1.5, "all": [None, 2.0]}, "pair": [None, "é"]}
+
+
 def test_eval_compares_two_models(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened: list[tuple[str, str | None]] = []
 
@@ -271,7 +284,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(start: Start) -> None:
     process.stdin.flush()
     assert process.stdout.read(4) == "one "
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate("/exit\n", timeout=20)
+    out, _ = process.communicate("/exit\n", timeout=100)
     document = json.loads(out.splitlines()[-1])
     assert process.returncode == 0
     assert document["answers"][0]["finish_reason"] == "cancelled"
@@ -312,17 +325,17 @@ def test_ctrl_c_ends_a_run_with_status_130(start: Start) -> None:
     assert process.stdout is not None
     assert process.stdout.read(4) == "one "
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Traceback" not in err
 
 
 def test_a_reader_that_leaves_early_is_no_crash(start: Start) -> None:
-    process = start("run", "-p", "x", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start("run", "-p", "x", waits_at=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=100) == 1
     assert process.stderr.read() == ""
 
 
@@ -343,30 +356,31 @@ def test_at_a_terminal_the_second_ctrl_c_at_the_prompt_leaves(start: Start) -> N
         shown += _read_until(ours, before) + _read_until(ours, "> ")
         time.sleep(0.3)  # the prompt is shown just before the interpreter waits for a key or a signal
         os.write(ours, b"\x03")
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=100) == 0
     os.close(ours)
     assert "ten." not in shown
 
 
 def _read_until(terminal: int, text: str) -> str:
-    seen, deadline = b"", time.monotonic() + 20
+    seen, deadline = b"", time.monotonic() + 100
     while text.encode() not in seen:
         assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
         seen += os.read(terminal, 1)
     return seen.decode(errors="replace")
 
 
-def _command(arguments: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-c", SLOW.format(tests=str(Path(__file__).parent)), *arguments]
+def _command(arguments: tuple[str, ...], waits_at: int | None = None) -> list[str]:
+    return [sys.executable, "-c", SLOW.format(tests=str(Path(__file__).parent), waits_at=waits_at), *arguments]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts the command, and ends it with the test."""
+    """Starts the command, and ends it with the test. An answer waits for an interrupt from its tenth step on."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
-        started.append(subprocess.Popen(_command(arguments), text=True, **options))  # type: ignore[call-overload]
+    def start(*arguments: str, waits_at: int | None = 10, **options: object) -> subprocess.Popen[str]:
+        command = _command(arguments, waits_at)
+        started.append(subprocess.Popen(command, text=True, **options))  # type: ignore[call-overload]
         return started[-1]
 
     yield start
@@ -384,7 +398,7 @@ def _process(*arguments: str, input: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("closed", "status"), [("<&-", 2), (">&-", 0)])
 def test_a_standard_stream_that_is_closed_is_an_empty_one(closed: str, status: int) -> None:
-    code = SLOW.format(tests=str(Path(__file__).parent))
+    code = _command(())[2]
     prompt = "" if closed == "<&-" else "-p x"
     command = ["sh", "-c", f'"$0" -c "$1" run {prompt} {closed}', sys.executable, code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -399,14 +399,6 @@ def test_a_zero_point_that_readers_differ_on_is_refused(tmp_path: Path) -> None:
         coded(source, Q).formats  # noqa: B018
 
 
-def test_opening_reads_no_codes(tmp_path: Path) -> None:
-    """What is large stays on disk until it is asked for."""
-    path, _ = writers.checkpoint(tmp_path / "model", writers.awq_config(), writers.awq)
-    with open_source(path) as source:
-        (file,) = source._files
-        assert sum(stop - start for start, stop in file.take_reads()) < 1 << 16
-
-
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path, _ = writers.checkpoint(tmp_path / "model", writers.gptq_config(), writers.gptq)
     file = path / "model.safetensors"

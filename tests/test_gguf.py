@@ -17,7 +17,7 @@ import tiny
 from fourfold.checkpoint import Source, check_complete, open_source
 from fourfold.checkpoint.gguf_file import QuantizedTensor
 from fourfold.checkpoint.gguf_header import read_header
-from fourfold.checkpoint.source import MappedFile
+from fourfold.checkpoint.source import SourceFile
 from fourfold.config import RopeScaling
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.models import weight_specs
@@ -74,19 +74,19 @@ def test_every_quantization_is_read_by_rows(tmp_path: Path, kind: GGMLQuantizati
     file = tmp_path / "rows.bin"
     file.write_bytes(bytes(7) + packed.tobytes())
     expected = gguf.quants.dequantize(packed, kind)
-    tensor = QuantizedTensor(MappedFile(file), 7, kind, expected.shape)
+    tensor = QuantizedTensor(SourceFile(file), 7, kind, expected.shape)
     assert tensor.shape == (40, 2 * block)
     for start, stop in ((0, 40), (0, 1), (17, 35), (39, 40), (8, 8)):
         rows = tensor.rows(start, stop)
         assert rows.dtype == np.float32
         np.testing.assert_array_equal(rows, expected[start:stop])
-    vector = QuantizedTensor(MappedFile(file), 7, kind, (40 * 2 * block,))
+    vector = QuantizedTensor(SourceFile(file), 7, kind, (40 * 2 * block,))
     np.testing.assert_array_equal(vector.rows(3, 3 + block), expected.ravel()[3 : 3 + block])
 
 
 def test_the_header_says_what_the_gguf_package_reads(smollm2: Path) -> None:
     theirs = gguf.GGUFReader(smollm2)
-    file = MappedFile(smollm2)
+    file = SourceFile(smollm2)
     header = read_header(file)
     assert list(header.tensors) == [tensor.name for tensor in theirs.tensors]
     for tensor in theirs.tensors:
@@ -355,4 +355,4 @@ def test_damaged_scales_read_without_a_warning(tmp_path: Path) -> None:
     for kind in QUANTIZED:
         file = tmp_path / "bad.bin"
         file.write_bytes(b"\xff\x7c" * GGML_QUANT_SIZES[kind][1])
-        QuantizedTensor(MappedFile(file), 0, kind, (2, GGML_QUANT_SIZES[kind][0])).rows(0, 2)
+        QuantizedTensor(SourceFile(file), 0, kind, (2, GGML_QUANT_SIZES[kind][0])).rows(0, 2)

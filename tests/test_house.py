@@ -20,7 +20,7 @@ MAX_LINES = 450
 # docs/design.md, from the bottom up. A module may import from its own floor and from those below.
 FLOORS = (
     ("_core", "_cpu_check"),
-    ("errors",),
+    ("errors", "json_text"),
     ("config", "format", "machine", "placement", "matrix"),
     ("models", "program", "fusion", "footprint", "residency", "rotary"),
     ("checkpoint", "keep", "pipeline", "conversion", "synth", "locate"),
@@ -28,7 +28,7 @@ FLOORS = (
         *("vocabulary", "sampling", "tokenizer", "sandbox", "chat_template", "kvcache"),
         *("request", "generation", "scheduler", "speculate", "grammar"),
     ),
-    ("engine", "assembly", "disk", "profile", "trace_file", "steploop", "draft"),
+    ("engine", "assembly", "patience", "disk", "profile", "trace_file", "steploop", "draft"),
     (
         "llm",
         "progress",
@@ -101,6 +101,11 @@ def test_a_native_floor_never_looks_up(path: Path) -> None:
     unit = path.relative_to(ROOT / "csrc").parts[0].split(".")[0]
     for target in re.findall(r'#include "([a-z_]+)[./]', path.read_text(encoding="utf-8")):
         assert NATIVE_FLOOR[unit] >= NATIVE_FLOOR[target], f"{path.name} looks up to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("cli*.py")), ids=lambda path: path.name)
+def test_commands_print_json_in_one_way(path: Path) -> None:
+    assert "json.dump" not in path.read_text(encoding="utf-8"), "json_text() writes null where there is no number"
 
 
 def test_all_is_what_is_exported() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fourfold.checkpoint import pickle_data
 from fourfold.checkpoint.pickle_data import Call, Name, Persistent, read_pickle
-from fourfold.checkpoint.source import MappedFile
+from fourfold.checkpoint.source import SourceFile
 from fourfold.checkpoint.torch_file import weights
 from fourfold.errors import CheckpointError, UnsupportedError
 from torch_writer import Global, Raw, Reduce, Storages, pickled
@@ -30,7 +30,7 @@ SYSTEM = Global(os.system.__module__, "system")
 
 def refusal(path: Path) -> str:
     with pytest.raises(REFUSALS) as caught:
-        weights(MappedFile(path))
+        weights(SourceFile(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -64,9 +64,9 @@ def test_nothing_that_a_file_asks_for_is_done(tmp_path: Path) -> None:
     path = Storages().write(tmp_path / "w.pt", content)
     ours = f"""if True:
         from pathlib import Path
-        from fourfold.checkpoint.source import MappedFile
+        from fourfold.checkpoint.source import SourceFile
         from fourfold.checkpoint.torch_file import TorchFile
-        print(sorted(TorchFile(MappedFile(Path({str(path)!r})), names=None).content))"""
+        print(sorted(TorchFile(SourceFile(Path({str(path)!r})), names=None).content))"""
     assert in_a_process(ours, tmp_path) == "['a', 'b', 'c', 'd', 'model']\n"
     assert {file.name for file in tmp_path.iterdir()} == {"trap.py", "w.pt"}
     pythons = f"""if True:

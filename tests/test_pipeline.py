@@ -26,7 +26,7 @@ def test_ahead_works_while_nobody_asks() -> None:
     reached = threading.Event()
     results = ahead([0, 1, 2], lambda i: reached.set() if i == 2 else None, 2)
     next(results)
-    assert reached.wait(5)
+    assert reached.wait(60)
     results.close()
 
 
@@ -44,7 +44,7 @@ def test_ahead_raises_in_its_place_and_stops_when_closed() -> None:
 
 
 def test_several_threads_work_at_once_and_the_order_stays() -> None:
-    together = threading.Barrier(3, timeout=5)
+    together = threading.Barrier(3, timeout=60)
 
     def work(i: int) -> int:
         together.wait()  # passed only by three at a time

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.errors import RuntimeFailure, UserError
-from fourfold.sampling import SamplingParams, StopChecker, draw, make_sampler, min_p, penalize, top_k, top_p
+from fourfold.sampling import SamplingParams, StopChecker, Uncut, draw, make_sampler, min_p, penalize, top_k, top_p
 
 # Few values, so that ties are common; 0 is their maximum, as in the sampler.
 some_logits = st.lists(st.sampled_from([0.0, -0.5, -1.0, -3.0, -30.0]), min_size=1, max_size=40).map(
@@ -165,6 +165,37 @@ def test_stop_strings_end_the_text_wherever_the_pieces_are_cut(text: str, stops:
         assert expected.startswith(shown)
     assert shown + checker.flush() == expected
     assert checker.stopped == bool(ends)
+
+
+def ended(text: str, stops: list[str], uncut: Uncut) -> tuple[str, bool]:
+    """What `StopChecker` must show in the end, and whether a stop string ended it, from the whole text."""
+    shown, left = "", uncut.most
+    while True:
+        free, begun, after = text.partition(uncut.begin) if left else (text, "", "")
+        if ends := [(free.index(stop) + len(stop), free.index(stop)) for stop in stops if stop in free]:
+            return shown + free[: min(ends)[1]], True
+        part, end, text = after.partition(uncut.end)
+        shown, left = shown + free + begun + part + end, left - 1
+        if not end:
+            return shown, False
+
+
+@given(
+    text=st.lists(st.sampled_from(["a", "[", "(", "[(", ")", "]", ")]"]), max_size=14).map("".join),
+    stops=st.lists(st.text("a[()]", min_size=1, max_size=3), max_size=3),
+    cuts=st.lists(st.integers(0, 20), max_size=6),
+    most=st.integers(1, 3),
+)
+@settings(max_examples=1000)
+def test_no_stop_string_counts_in_parts_that_are_uncut(text: str, stops: list[str], cuts: list[int], most: int) -> None:
+    uncut = Uncut("[(", ")]", most)
+    expected, stopped = ended(text, stops, uncut)
+    checker, shown = StopChecker(stops, uncut), ""
+    for start, end in itertools.pairwise([0, *sorted(cuts), max(20, len(text))]):
+        shown += checker.push(text[start:end])
+        assert expected.startswith(shown)
+    assert shown + checker.flush() == expected
+    assert checker.stopped == stopped
 
 
 def test_text_that_cannot_begin_a_stop_string_is_not_held_back() -> None:

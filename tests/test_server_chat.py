@@ -157,6 +157,37 @@ def test_a_call(choice: Any) -> None:
         assert told.startswith("[system]You may call functions.")
 
 
+@pytest.mark.parametrize("stop", ["city", "<tool", '": "', "}", "_call>", "</", "\n{"])
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_a_stop_string_cuts_no_call_in_half(choice: str, stop: str) -> None:
+    with served(f"{CALL}\n{CALL}<eos>") as server:
+        answer = server.chat(tools=[WEATHER], tool_choice=choice, stop=stop).json()["choices"][0]
+        calls = [json.loads(call["function"]["arguments"]) for call in answer["message"]["tool_calls"]]
+        assert calls == [{"city": 'Pa"}ris'}] * 2
+        assert answer["finish_reason"] == "tool_calls"
+
+
+def test_a_stop_string_ends_what_is_said_beside_calls() -> None:
+    with served(f"Let me see.\n{CALL}\nThere it is.<eos>") as server:
+        before = server.chat(tools=[WEATHER], stop="see").json()["choices"][0]
+        assert (before["message"]["content"], before["finish_reason"]) == ("Let me ", "stop")
+        assert "tool_calls" not in before["message"]
+        behind = server.chat(tools=[WEATHER], stop=["city", "it"]).json()["choices"][0]
+        assert behind["message"]["content"] == "Let me see.\nThere"
+        assert len(behind["message"]["tool_calls"]) == 1
+
+
+def test_a_stop_string_cuts_no_json_in_half() -> None:
+    with served('{"city": "Paris"}<eos>') as server:
+        schema = {"name": "place", "schema": CITY, "strict": True}
+        form = {"type": "json_schema", "json_schema": schema}
+        answer = server.chat(response_format=form, stop=["city", ":"]).json()["choices"][0]
+        assert json.loads(answer["message"]["content"]) == {"city": "Paris"}
+        assert server.chat(response_format={"type": "text"}, stop=":").json()["choices"][0]["message"]["content"] == (
+            '{"city"'
+        )
+
+
 def test_a_call_in_a_stream_behind_words() -> None:
     with served(f"Let me see.\n{CALL}\n{CALL}<eos>") as server:
         events = chunks(server, tools=[WEATHER])

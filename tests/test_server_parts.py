@@ -88,7 +88,7 @@ def test_an_unfinished_call_is_told_as_far_as_it_goes() -> None:
     [
         (written("f", {"a": 1}), "stop", "tool_calls"),
         (written("f", {"a": 1})[:-3], "stop", "tool_calls"),
-        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "stop", "stop"),  # a stop string ended it there
+        ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "stop", "stop"),  # ended by itself
         (written("f", {}) + '\n<tool_call>\n{"name": "g", "argum', "stop", "stop"),
         ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "length", "length"),
     ],

@@ -116,20 +116,20 @@ def _object(**properties: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_form_takes_little_time_whatever_it_is(schema: dict[str, Any]) -> None:
-    """To compile, and then for every token: everybody waits for that. Measured: 1 s and 0.14 s."""
+    """To compile, and then for every token: everybody waits for that. Measured: 1 s and 0.14 s of the processor."""
     assert len(json.dumps(schema)) < 65_536
-    began = time.monotonic()
+    began = time.process_time()
     with contextlib.suppress(UserError):  # which is well, too
         matcher = Grammars(byte_tokenizer(), VOCAB).json_schema(schema).matcher()
-        assert time.monotonic() - began < 10
+        assert time.process_time() - began < 10
         for byte in b'{"a": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa':
-            began = time.monotonic()
+            began = time.process_time()
             allowed = matcher.mask()
-            assert time.monotonic() - began < 2
+            assert time.process_time() - began < 2
             if not allowed[byte]:
                 break
             matcher.accept(byte)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 import fourfold._core as _core
 from chain import Chain, make_team
-from threads import allowed_cpus, eventually
+from threads import allowed_cpus, eventually, once_in_time
 
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)]  # ranks, threads of each
 
@@ -35,19 +36,24 @@ def chain(team: Any) -> Chain:
 def test_a_thread_that_stalls_is_named_and_the_team_gives_up(n_ranks: int, n_threads: int) -> None:
     # The first thread of all is the caller, who is told when it goes on; by then the others know.
     for rank, thread, seconds, told_after in ((0, 0, 4, 6), (n_ranks - 1, n_threads - 1, 3, 2.5)):
-        work = chain(team := make_team(n_ranks, n_threads, timeout=0.5))
+        assert once_in_time(partial(_gives_up, n_ranks, n_threads, rank, thread, seconds, told_after))
+
+
+def _gives_up(n_ranks: int, n_threads: int, rank: int, thread: int, seconds: float, told_after: float) -> bool:
+    """Whether it does so in time, of a thread that sleeps for so long."""
+    work = chain(team := make_team(n_ranks, n_threads, timeout=0.5))
+    work.step()
+    team.stall_next(rank, thread, seconds)
+    start = time.monotonic()
+    with pytest.raises(_core.StallError, match=f"^rank {rank}, thread {thread} did not arrive within .* s; the st"):
         work.step()
-        team.stall_next(rank, thread, seconds)
-        start = time.monotonic()
-        with pytest.raises(_core.StallError, match=f"^rank {rank}, thread {thread} did not arrive within .* s; the st"):
+    told = time.monotonic() - start
+    start = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(_core.StallError, match="the team is broken by an earlier failure; load the model"):
             work.step()
-        assert time.monotonic() - start < told_after
-        start = time.monotonic()
-        for _ in range(3):
-            with pytest.raises(_core.StallError, match="the team is broken by an earlier failure; load the model"):
-                work.step()
-        del work, team  # nobody waits for the sleeper
-        assert time.monotonic() - start < 1
+    del work, team  # nobody waits for the sleeper
+    return told < told_after and time.monotonic() - start < 1
 
 
 @pytest.mark.parametrize(("n_ranks", "n_threads"), SIZES)
@@ -67,19 +73,23 @@ BUSY = "import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])])\nprint(flush
 
 def test_a_stall_is_found_in_its_time_where_others_want_the_cpu_too() -> None:
     cpus = sorted(cpu for node in _core.read_machine().usable_cpus() for cpu in node)
-    work = chain(team := make_team(2, 1, timeout=0.3))
-    work.step()
+
+    def is_found() -> bool:
+        work = chain(team := make_team(2, 1, timeout=0.3))
+        work.step()
+        team.stall_next(1, 0, 8)
+        start = time.monotonic()
+        with pytest.raises(_core.StallError, match=r"^rank 1, thread 0 did not arrive within"):
+            work.step()
+        return time.monotonic() - start < 4
+
     command = [sys.executable, "-c", BUSY, str(cpus[0])]
     others = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(10)]
     try:
         for other in others:
             assert other.stdout is not None
             other.stdout.read(1)
-        team.stall_next(1, 0, 8)
-        start = time.monotonic()
-        with pytest.raises(_core.StallError, match=r"^rank 1, thread 0 did not arrive within"):
-            work.step()
-        assert time.monotonic() - start < 4
+        assert once_in_time(is_found)
     finally:
         for other in others:
             other.kill()
@@ -135,7 +145,7 @@ os._exit(0)
 def test_a_forked_process_is_told_that_it_has_no_team() -> None:
     """At once: it does not wait for threads that are not there."""
     command = [sys.executable, "-c", FORK]
-    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=40)
+    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
 

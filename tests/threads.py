@@ -1,4 +1,4 @@
-"""This process's threads as the kernel shows them."""
+"""This process's threads as the kernel shows them, and what is said of time on a machine that does other work too."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def allowed_cpus() -> dict[str, str]:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true within seconds: a thread that was joined stays listed for a moment."""
-    deadline = time.monotonic() + 5
+    """Whether it comes true in the end: a thread that was joined stays listed for a moment."""
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
+
+
+def once_in_time(attempt: Callable[[], bool], tries: int = 5) -> bool:
+    """Whether one of some tries was in time: any of them may be held up by others."""
+    return any(attempt() for _ in range(tries))

@@ -10,6 +10,7 @@ one JSON document; exit status 1 where the two do not agree: accuracy exactly, p
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fourfold.json_text import json_text
 
 TASKS = Path(__file__).parent
 FOURFOLD = (sys.executable, "-c", "from fourfold.cli import main; main()")
@@ -61,9 +64,9 @@ def main(
             command = ["eval", model, "--format", format, "--lambada", f"{folder}/passages.jsonl", "--json"]
             done = subprocess.run([*FOURFOLD, *command], stdout=subprocess.PIPE, text=True, check=True)
             found["eval"] = own = json.loads(done.stdout.splitlines()[-1])
-            same_perplexity = abs(harness["perplexity"] / own["perplexity"] - 1) <= TOLERANCE
+            same_perplexity = abs(harness["perplexity"] / (own["perplexity"] or math.nan) - 1) <= TOLERANCE
             found["agree"] = same_perplexity and harness["accuracy"] == own["accuracy"]
-    print(json.dumps(found))
+    print(json_text(found))
     sys.exit(not found.get("agree", True))
 
 

@@ -114,8 +114,10 @@ inline float soften(float* s, size_t first, size_t n, const float* value_scales,
     const float shrink = top == highest ? 1.0f : std::exp(highest - top);
     total = total * shrink + sum(sums);
     highest = top;
-    if (F == KvFormat::int8)
+    if (F == KvFormat::int8) {
         for (size_t p = 0; p < kPage; p += kLanes) store(s + p, mul(load(s + p), load(value_scales + p)));
+        hide(0);  // the scale of what is not seen may be NaN, also of another text that had the page before
+    }
     return shrink;
 }
 
@@ -237,15 +239,23 @@ void merge(const float* partials, size_t n, size_t stride, size_t d, float* out)
     for (size_t i = 0; i < d; ++i) out[i] /= total;
 }
 
-// Largest magnitude over 127, and its inverse.
+// Largest magnitude over 127, and its inverse, 0 where all codes are 0. A vector that holds NaN or infinity has NaN for
+// its scale, so that whoever sees it sees that: its codes are numbers whatever it holds.
 inline float int8_scale(const float* x, size_t d, float* inverse) {
-    float most = 0;
-    for (size_t i = 0; i < d; ++i) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
-    *inverse = most > 0 ? 127.0f / most : 0.0f;
-    return most / 127.0f;
+    constexpr uint32_t kInfinity = 0x7F800000;
+    uint32_t bits = 0;  // magnitudes are in the order of their bits, infinity and NaN behind all numbers
+    for (size_t i = 0; i < d; ++i) {
+        const uint32_t of_one = std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFF;
+        bits = of_one > bits ? of_one : bits;
+    }
+    const float most = std::bit_cast<float>(bits);
+    *inverse = bits < kInfinity && most > 1e-36f ? 127.0f / most : 0.0f;  // below, the inverse would be infinite
+    return bits < kInfinity ? most / 127.0f : NAN;
 }
 
-inline uint8_t int8_code(float x) { return static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x))); }
+inline uint8_t int8_code(float x, float inverse) {
+    return inverse == 0 ? 0 : static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(x * inverse)));
+}
 
 // f(begin, first, width) for each block of a page's values: where `row` of it lies, a position's values or, in bf16, two
 // positions' pairs of them; its first dimension; and its dimensions.
@@ -264,9 +274,9 @@ void kv_store(KvFormat format, uint8_t* page, size_t slot, size_t d, const float
         float k_inverse, v_inverse;
         scales[slot] = int8_scale(k, d, &k_inverse);
         scales[kPage + slot] = int8_scale(v, d, &v_inverse);
-        for (size_t i = 0; i < d; ++i) page[i * kPage + slot] = int8_code(k[i] * k_inverse);
+        for (size_t i = 0; i < d; ++i) page[i * kPage + slot] = int8_code(k[i], k_inverse);
         each_block(format, page, slot, d, [&](uint8_t* to, size_t first, size_t width) {
-            for (size_t i = 0; i < width; ++i) to[i] = first + i < d ? int8_code(v[first + i] * v_inverse) : 0;
+            for (size_t i = 0; i < width; ++i) to[i] = first + i < d ? int8_code(v[first + i], v_inverse) : 0;
         });
     } else if (format == KvFormat::bf16) {
         auto* keys = reinterpret_cast<uint16_t*>(page);

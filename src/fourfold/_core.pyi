@@ -288,6 +288,29 @@ class ReadFile:
     def __init__(self, path: str) -> None:
         """A file of weights. Raises StallError where it cannot be opened."""
 
+    @property
+    def bytes_read(self) -> int:
+        """So far, by all threads."""
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        """
+        Device, number, bytes and time of change (ns), as it was opened: another file has another.
+        """
+
+    def read_runs(
+        self,
+        offset: int,
+        stride: int,
+        to: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None:
+        """
+        The rows of `to`, whose begins lie `stride` bytes apart in the file. Raises StallError where it changed.
+        """
+
+    def stop(self) -> None:
+        """Reads end in a StallError, as soon as the disk lets go of them."""
+
 class Weight:
     @property
     def n(self) -> int: ...

@@ -27,6 +27,7 @@ class Assembly:
         team: Any,
         builder: ProgramBuilder,
         stored: FourfoldDirectory,
+        file: Any,
         residency: Residency,
         report: Report | None,
     ) -> None:
@@ -37,7 +38,7 @@ class Assembly:
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
-        self._file = _core.ReadFile(str(stored.weights_path))
+        self._file = file  # a native ReadFile of the weights
 
     def run(self) -> None:
         for op in self._builder.ops:

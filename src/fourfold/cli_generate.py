@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from fourfold import cli_profile
 from fourfold.chat_template import ChatTemplate
 from fourfold.errors import UserError
+from fourfold.json_text import json_text
 from fourfold.llm import LLM, Completion, Stream
 from fourfold.locate import BUNDLED, fourfold_format
 from fourfold.sampling import SamplingParams
@@ -60,7 +60,7 @@ def run(options: Mapping[str, Any]) -> int:
         found = {} if trace is None or profile is None else {"profile": cli_profile.report(profile, trace)}
         if options["json"]:
             document = {"model": options["model"], **_as_json(completion), **_memory(llm), **found}
-            print(json.dumps(document, ensure_ascii=False))
+            print(json_text(document))
         else:
             print(speed(completion, llm.describe()), file=sys.stderr)
             for report in found.values():
@@ -110,7 +110,7 @@ def chat(options: Mapping[str, Any]) -> int:
                     _note(speed(completion, llm.describe()))
         if options["json"]:
             transcript = {"model": options["model"], "messages": messages, "answers": answers}
-            print(json.dumps(transcript, ensure_ascii=False))
+            print(json_text(transcript))
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fourfold.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,9 +57,9 @@ Start = Annotated[int | None, typer.Option("--context", help="Random tokens that
 
 
 def show(result: Mapping[str, Any], json: bool, render: Callable[[dict[str, Any], Console], None]) -> None:
-    """A result on stdout: as JSON, or for people."""
+    """A result on stdout: as JSON, in which a figure that is no number is null, or for people."""
     if json:
-        print(json_format.dumps(result, ensure_ascii=False))
+        print(json_text(result))
         return
     from rich.console import Console
 

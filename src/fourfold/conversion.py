@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -224,18 +223,14 @@ class _Rows:
 
     piece: _Piece
     values: NDArray[Any]  # numbers, or codes and scales (`coded.block_type`)
-    forget: Callable[[], None]  # gives the source's memory back
 
 
 def _read(source: Source, formats: Formats, piece: _Piece) -> _Rows:
     spec = piece.spec
     if spec.name in formats.kept:
         blocks = read_blocks(spec, source, formats.of[spec.name], piece.start, piece.stop)
-        return _Rows(piece, blocks, source.forgetter())
-    rows = np.ascontiguousarray(spec.rows.read(source.tensors, piece.start, piece.stop))
-    # A mapped file is read when it is touched: here, not in the packer.
-    rows.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()
-    return _Rows(piece, rows, source.forgetter())
+        return _Rows(piece, blocks)
+    return _Rows(piece, np.ascontiguousarray(spec.rows.read(source.tensors, piece.start, piece.stop)))
 
 
 @dataclass(frozen=True)
@@ -258,11 +253,8 @@ class _Packer:
         self._memory: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
 
     def pack(self, rows: _Rows) -> _Output:
-        try:
-            pack = self._pack_matrix if rows.piece.spec.is_matrix else self._pack_vector
-            return pack(rows.piece, rows.values)
-        finally:
-            rows.forget()
+        pack = self._pack_matrix if rows.piece.spec.is_matrix else self._pack_vector
+        return pack(rows.piece, rows.values)
 
     def reuse(self, output: _Output) -> None:
         """Gives an output's memory back, which is of no use from here on."""

@@ -24,6 +24,7 @@ from fourfold.footprint import PAGE, footprint, resident_bytes
 from fourfold.fusion import fuse, one_format_each
 from fourfold.kvcache import PagePool, Sequence
 from fourfold.machine import RankPlan, choose_isa, plan_ranks, read_machine
+from fourfold.patience import patiently
 from fourfold.placement import by_rank, start_team
 from fourfold.profile import MARK, Profile, StepFacts, Work, op_facts
 from fourfold.program import ProgramBuilder, cut_heads
@@ -78,7 +79,8 @@ class Engine:
 
         `sequences`: texts under way at a time; their KV cache shares what memory is left. `beside`: another engine,
         whose threads this one's steps run on. `kernel` and `attend` force a linear kernel and one of attention by name;
-        `report(done, total)` is called with the bytes loaded so far.
+        `report(done, total)` is called with the bytes loaded so far, by the thread that loads. `timeout_seconds`: how
+        long a thread of a step, or the disk, may be awaited; then, RuntimeFailure.
         """
         stored = open_directory(directory)
         self.config: ModelConfig = stored.config
@@ -135,9 +137,14 @@ class Engine:
         try:
             if self._residency.uses_disk:
                 self._program.read_from(str(stored.weights_path), timeout_seconds)
-            Assembly(self._program, self._team, builder, stored, self._residency, report).run()
-            if self._residency.uses_disk:
-                self._disk = WeightDisk(stored, self._residency)
+            file = _core.ReadFile(str(stored.weights_path))
+
+            def load() -> None:
+                Assembly(self._program, self._team, builder, stored, file, self._residency, report).run()
+                if self._residency.uses_disk:
+                    self._disk = WeightDisk(stored, self._residency)
+
+            patiently(load, file, stored.weights_path, timeout_seconds)
             self._program.finish()
         except _core.StallError as error:
             raise RuntimeFailure(str(error)) from None

@@ -37,7 +37,7 @@ class Generation:
         self._keys: list[Key] = []
         self._limit = tokenizer.vocab_size
         self._eos = frozenset(() if params.ignore_eos else tokenizer.eos_ids)
-        self._decoder, self._stops = tokenizer.stream(request.after), StopChecker(params.stop)
+        self._decoder, self._stops = tokenizer.stream(request.after), StopChecker(params.stop, request.uncut)
         self._sampler = make_sampler(params, limit=tokenizer.vocab_size, n_prompt=len(self.ids))
 
     @property
@@ -120,7 +120,6 @@ class Generation:
         elif self.completion_tokens == self.request.params.max_tokens or len(self.ids) > self._context:
             self.finish = "length"  # the last id has no position left, or no successor
         if self.finish is not None:
-            text += self._stops.push(self._decoder.flush())
+            text += self._stops.push(self._decoder.flush()) + self._stops.flush()
             self.finish = "stop" if self._stops.stopped else self.finish
-            text += self._stops.flush()
         return text

@@ -7,6 +7,7 @@ no address, and what it refuses is a UserError with its reason.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fourfold.errors import UnsupportedError, UserError
+from fourfold.sampling import Uncut
 
 if TYPE_CHECKING:
     from fourfold.tokenizer import Tokenizer
@@ -38,6 +40,7 @@ class Form:
 
     _library: Any
     _vocab_size: int
+    uncut: Uncut | None  # the parts that are formed, in a text that is free otherwise; None where all of it is formed
 
     def matcher(self) -> Matcher:
         """For one text, from its beginning."""
@@ -107,15 +110,17 @@ class Grammars:
         `text`: free text may come instead of calls, before and behind them; without it one call at least is made.
         `several`: more calls than one may be made. Raises UserError for parameters that are no schema.
         """
-        return self._compile(_calls_grammar(functions, text=text, several=several), "the tools' parameters")
+        # Arguments hold no line break, so that this end is no other's.
+        uncut = Uncut(CALL_BEGIN, f"\n{CALL_END}", most=sys.maxsize if several else 1) if text else None
+        return self._compile(_calls_grammar(functions, text=text, several=several), "the tools' parameters", uncut)
 
-    def _compile(self, grammar: str, what: str) -> Form:
+    def _compile(self, grammar: str, what: str, uncut: Uncut | None = None) -> Form:
         matcher = self._llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise UserError(f"{what} cannot be followed: {_line(matcher.get_error())}")
         if warnings := matcher.get_grammar_warnings():
             raise UserError(f"{what} cannot be followed wholly: {_line('; '.join(warnings))}")
-        return Form(matcher, self._vocab_size)
+        return Form(matcher, self._vocab_size, uncut)
 
 
 def _calls_grammar(functions: Sequence[Function], *, text: bool, several: bool) -> str:

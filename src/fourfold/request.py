@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from fourfold.config import ModelConfig
 from fourfold.errors import UserError
-from fourfold.sampling import Allowed, SamplingParams
+from fourfold.sampling import Allowed, SamplingParams, Uncut
 
 if TYPE_CHECKING:
     from fourfold.generation import Generation
@@ -36,6 +36,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     grammar: Grammar | None = None  # a fresh one for each request
     after: tuple[int, ...] = ()  # ids whose text precedes the answer: a completion's prompt, nothing in a chat
+    uncut: Uncut | None = None  # parts of the answer that params.stop does not end
     prompt_logprobs: bool = False  # of the prompt's ids too, with params.logprobs of the likeliest each
 
 

@@ -230,33 +230,72 @@ def _weights(logits: Logits) -> NDArray[np.float32]:
     return np.exp(logits)  # as exact as the logits are, and eight times as fast as in float64
 
 
+@dataclass(frozen=True)
+class Uncut:
+    """Parts of a text that no stop string ends, and in which none counts: each from `begin` to the end of `end`."""
+
+    begin: str
+    end: str
+    most: int  # such parts; what looks like one later is text
+
+
 class StopChecker:
     """Passes a text on in pieces, up to the first stop string that is complete, and never any part of that."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], uncut: Uncut | None = None) -> None:
         """`stops`: texts of at least one character."""
-        self._stops = tuple(stops)
-        self._held = ""  # may be the beginning of a stop string
+        self._stops, self._uncut = tuple(stops), uncut if stops else None
+        self._parts_left = self._uncut.most if self._uncut else 0
+        self._is_within = False  # a part that is uncut
+        self._held = ""  # may be the beginning of a stop string, or of where such a part begins or ends
         self.stopped = False
 
     def push(self, text: str) -> str:
         """The text that is certain not to begin a stop string; nothing once one was found."""
-        if self.stopped:
-            return ""
-        text = self._held + text
-        ends = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in text]
-        if ends:
-            self.stopped, self._held = True, ""
-            end, minus_length = min(ends)
-            return text[: end + minus_length]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        return self._take(text, is_last=False)
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._take("", is_last=True)
+
+    def _take(self, text: str, *, is_last: bool) -> str:
+        shown, rest = "", self._held + text
+        self._held = ""
+        while rest and not self.stopped:
+            piece, rest, is_whole = (self._within if self._is_within else self._outside)(rest, is_last)
+            shown += piece
+            if not is_whole:
+                self._held = "" if self.stopped else rest
+                break
+        return shown
+
+    def _within(self, text: str, is_last: bool) -> tuple[str, str, bool]:
+        """What of an uncut part is certain, the rest, and whether the part is whole."""
+        assert self._uncut
+        before, end, after = text.partition(self._uncut.end)
+        self._is_within = not end
+        if end:
+            return before + end, after, True
+        n = len(text) - (0 if is_last else _overlap(text, self._uncut.end))
+        return text[:n], text[n:], False
+
+    def _outside(self, text: str, is_last: bool) -> tuple[str, str, bool]:
+        """The same of what comes before an uncut part, or before a stop string."""
+        begin = self._uncut.begin if self._uncut and self._parts_left else ""
+        free, begun, after = text.partition(begin) if begin else (text, "", "")
+        unsure = 0 if begun or is_last or not begin else _overlap(free, begin)  # whether it begins such a part
+        ends = [(free.find(stop) + len(stop), -len(stop)) for stop in self._stops if stop in free]
+        if ends and min(ends)[0] <= len(free) - unsure:
+            self.stopped = True
+            end, minus_length = min(ends)
+            return free[: end + minus_length], "", False
+        if begun:
+            self._is_within, self._parts_left = True, self._parts_left - 1
+            return free + begun, after, True
+        starts = [end + minus_length for end, minus_length in ends]
+        held = 0 if is_last else max((_overlap(free, stop) for stop in self._stops), default=0)
+        n = min([len(free) - max(held, unsure), *starts])
+        return free[:n], free[n:], False
 
 
 def _overlap(text: str, stop: str) -> int:

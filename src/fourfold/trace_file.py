@@ -6,12 +6,12 @@ One process a rank and one thread row each, and a row of the caller with the ste
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold.json_text import json_text
 from fourfold.profile import END, PACK, WAIT, WORK, OpFacts, Profile, StepFacts
 
 CALLER = 1  # process numbers: the caller, then the ranks
@@ -26,10 +26,10 @@ def write_trace(profile: Profile, path: Path) -> None:
     whole = path if direct else path.resolve()
     part = whole if direct else whole.with_name(f".{whole.name}.{os.getpid()}")
     try:
-        with open(part, "w") as file:
-            file.write('{"displayTimeUnit": "ns", "otherData": ' + json.dumps(_other(profile)) + ', "traceEvents": [\n')
+        with open(part, "w", encoding="utf-8") as file:
+            file.write('{"displayTimeUnit": "ns", "otherData": ' + json_text(_other(profile)) + ', "traceEvents": [\n')
             for i, event in enumerate(events(profile)):
-                file.write((",\n" if i else "") + json.dumps(event))
+                file.write((",\n" if i else "") + json_text(event))
             file.write("\n]}\n")
         if not direct:
             os.replace(part, whole)

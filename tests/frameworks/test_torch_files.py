@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch_writer
 from fourfold.checkpoint.pickle_data import Call, Name, Persistent
-from fourfold.checkpoint.source import MappedFile
+from fourfold.checkpoint.source import SourceFile
 from fourfold.checkpoint.torch_file import TorchFile, weights
 from fourfold.errors import UnsupportedError
 from megatron_writer import write_megatron
@@ -66,7 +66,7 @@ def test_what_torch_writes_is_read(tmp_path: Path, dtype: str, protocol: int) ->
     saved = collections.OrderedDict(tensors)
     saved._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
     torch.save(saved, tmp_path / "pytorch_model.bin", pickle_protocol=protocol)
-    found = weights(MappedFile(tmp_path / "pytorch_model.bin"))
+    found = weights(SourceFile(tmp_path / "pytorch_model.bin"))
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         rows = found[name].rows(0, tensor.shape[0])
@@ -79,7 +79,7 @@ def test_what_torch_writes_is_read(tmp_path: Path, dtype: str, protocol: int) ->
 def test_a_state_dict_of_a_module(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Conv2d(2, 3, (2, 1)))
     torch.save(module.state_dict(), tmp_path / "w.bin")
-    found = weights(MappedFile(tmp_path / "w.bin"))
+    found = weights(SourceFile(tmp_path / "w.bin"))
     for name, tensor in module.state_dict().items():
         np.testing.assert_array_equal(found[name].rows(0, tensor.shape[0]), as_array(tensor))
 
@@ -88,13 +88,13 @@ def test_other_types_are_named(tmp_path: Path) -> None:
     for dtype in (torch.float64, torch.int64, torch.bool, torch.uint8):
         torch.save({"x": torch.zeros(3, dtype=dtype)}, tmp_path / "w.bin")
         with pytest.raises(UnsupportedError, match=r"tensor x is in torch\.\w+Storage"):
-            weights(MappedFile(tmp_path / "w.bin"))
+            weights(SourceFile(tmp_path / "w.bin"))
 
 
 def test_the_older_form_is_refused(tmp_path: Path) -> None:
     torch.save({"x": torch.zeros(3)}, tmp_path / "w.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(UnsupportedError, match=r"before version 1\.6"):
-        weights(MappedFile(tmp_path / "w.bin"))
+        weights(SourceFile(tmp_path / "w.bin"))
 
 
 def test_a_training_checkpoint(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_training_checkpoint(tmp_path: Path) -> None:
     args = argparse.Namespace(num_layers=2, params_dtype=torch.bfloat16, kind=collections.Counter("abc"))
     content = {"args": args, "iteration": 5, "model": {"encoder": model.state_dict()}, "rng_state": [rng]}
     torch.save(content | {"optimizer": optimizer.state_dict()}, tmp_path / "model_optim_rng.pt")
-    file = TorchFile(MappedFile(tmp_path / "model_optim_rng.pt"), names=None)
+    file = TorchFile(SourceFile(tmp_path / "model_optim_rng.pt"), names=None)
     assert isinstance(file.content, dict)
     kept = file.content["args"]
     assert isinstance(kept, Call)
@@ -142,7 +142,7 @@ def test_our_writer_writes_what_torch_writes(tmp_path: Path) -> None:
     ours |= {"p": storages.parameter(ours["a"]), "t": storages.view(0, 0, (4, 3), (1, 4))}
     arguments = torch_writer.namespace(x=1, y=[0.5, None], z=b"ab")
     storages.write(tmp_path / "ours.pt", {"model": torch_writer.ordered(ours), "args": arguments}, root="theirs")
-    files = [TorchFile(MappedFile(tmp_path / f"{name}.pt"), names=None) for name in ("theirs", "ours")]
+    files = [TorchFile(SourceFile(tmp_path / f"{name}.pt"), names=None) for name in ("theirs", "ours")]
     assert plain(files[0].content) == plain(files[1].content)
     members = [set(zipfile.ZipFile(tmp_path / f"{name}.pt").namelist()) for name in ("theirs", "ours")]
     assert members[1] <= members[0]

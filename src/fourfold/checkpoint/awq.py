@@ -7,14 +7,13 @@ is false, as GPTQModel may write it, weights are symmetric, and every zero point
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.fields import Fields
 from fourfold.checkpoint.integers import SCALE_TYPES, IntegerTensor, nibbles, whole_group
+from fourfold.checkpoint.source import FileTensor
 from fourfold.errors import CheckpointError, UnsupportedError
 
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # of each output of a word
@@ -54,10 +53,10 @@ def _matrix(module: str, group: int | None, is_symmetric: bool, parts: Parts) ->
     zero_words = parts.take(f"{module}.qzeros", ("int32",), (k // group, n // 8))
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
-        return np.ascontiguousarray(_outputs(words.rows(0, k), start, stop).T)
+        return np.ascontiguousarray(_outputs(words, start, stop).T)
 
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
-        found = _outputs(zero_words.rows(0, k // group), start, stop).T.view(np.int8)
+        found = _outputs(zero_words, start, stop).T.view(np.int8)
         if is_symmetric and (found != SYMMETRIC_ZERO).any():
             raise UnsupportedError(
                 f"{parts.where}: {module}.qzeros holds other zero points than {SYMMETRIC_ZERO}, and zero_point is"
@@ -66,14 +65,14 @@ def _matrix(module: str, group: int | None, is_symmetric: bool, parts: Parts) ->
         return found
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
-        return scales.rows(0, k // group)[:, start:stop].T.astype(np.float32)
+        return scales.columns(start, stop).T.astype(np.float32)
 
     return IntegerTensor("AWQ int4", (n, k), group, codes, zeros, scale_rows)
 
 
-def _outputs(words: NDArray[Any], start: int, stop: int) -> NDArray[np.uint8]:
+def _outputs(words: FileTensor, start: int, stop: int) -> NDArray[np.uint8]:
     """The codes of outputs [start, stop) in words (rows, N/8): (rows, stop - start)."""
     first, last = start // 8, -(-stop // 8)
-    some = words[:, first:last]
+    some = words.columns(first, last)
     codes = nibbles(some).reshape(*some.shape, 8)[..., PLACE].reshape(len(some), 8 * (last - first))
     return codes[:, start - 8 * first : stop - 8 * first]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.coded import CodedTensor, Parts, block_type, misfit
 from fourfold.checkpoint.fields import MAX_ELEMENTS, Fields
-from fourfold.checkpoint.source import MappedTensor
+from fourfold.checkpoint.source import FileTensor
 from fourfold.config import WeightFormat
 from fourfold.errors import CheckpointError, UnsupportedError
 from fourfold.format import CODEBOOKS, TILE_K
@@ -143,7 +143,7 @@ def _scales(name: str, count: int, parts: Parts, state: Fields) -> Any:
 
 
 def _state(name: str, kind: str, parts: Parts) -> Fields:
-    tensor: MappedTensor = parts.take(f"{name}{STATE}{kind}", ("uint8",))
+    tensor: FileTensor = parts.take(f"{name}{STATE}{kind}", ("uint8",))
     where = f"{parts.where}, {name}{STATE}{kind},"
     try:
         if tensor.n_bytes > MAX_STATE_BYTES:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.checkpoint.source import MappedTensor
+from fourfold.checkpoint.source import FileTensor
 from fourfold.config import WeightFormat
 from fourfold.errors import CheckpointError
 from fourfold.format import TILE_K, ZEROED
@@ -76,7 +76,7 @@ def misfit(run: int, k: int) -> str:
 class Parts:
     """The tensors of a file as they lie there, taken one by one by whoever puts coded tensors together."""
 
-    def __init__(self, tensors: Mapping[str, MappedTensor], where: str) -> None:
+    def __init__(self, tensors: Mapping[str, FileTensor], where: str) -> None:
         self.rest = dict(tensors)
         self.where = where
 
@@ -87,7 +87,7 @@ class Parts:
         """What stands before `suffix` in the names that end with it."""
         return [name.removesuffix(suffix) for name in self.rest if name.endswith(suffix)]
 
-    def take(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...] | None = None) -> MappedTensor:
+    def take(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...] | None = None) -> FileTensor:
         """A tensor of one of these types and this shape. Raises CheckpointError where there is none such."""
         if name not in self.rest:
             raise CheckpointError(f"{self.where} lacks the tensor {name}, which the codes beside it need")

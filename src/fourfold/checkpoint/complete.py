@@ -54,5 +54,3 @@ def check_copied_head(source: Source) -> None:
                 f"{source.path} has a head of its own, {HEAD}, though its configuration ties it to the embedding: "
                 "set tie_word_embeddings to false, or take that tensor out"
             )
-        del theirs, ours
-        source.forgetter()()

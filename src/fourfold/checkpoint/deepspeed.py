@@ -24,7 +24,7 @@ from fourfold.checkpoint.huggingface import DTYPES, safetensors
 from fourfold.checkpoint.megatron_args import model_config as config_of_arguments
 from fourfold.checkpoint.megatron_join import EMBEDDING, FINAL_NORM, LAYERS, OUTPUT, Stage, joined, stage, vocabulary
 from fourfold.checkpoint.pickle_data import Call
-from fourfold.checkpoint.source import MappedFile, Source, fingerprint, read_json
+from fourfold.checkpoint.source import Source, SourceFile, fingerprint, read_json
 from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.checkpoint.torch_file import TorchFile
 from fourfold.config import ModelConfig
@@ -64,27 +64,27 @@ def open_deepspeed(path: Path) -> Source:
         folder = _states(path)
         config, tensors = _of_states(path, folder, files)
     tokenizer = find_tokenizer([path, path / "tokenizer", folder])
-    read = [*(file.path for file in files.mapped), *tokenizer.values(), *files.texts]
-    return Source(path, config, tensors, tokenizer, fingerprint(config, read), files.mapped)
+    read = [*(file.path for file in files.opened), *tokenizer.values(), *files.texts]
+    return Source(path, config, tensors, tokenizer, fingerprint(config, read), files.opened)
 
 
 class _Files:
     """What has been opened."""
 
     def __init__(self) -> None:
-        self.mapped: list[MappedFile] = []
+        self.opened: list[SourceFile] = []
         self.texts: list[Path] = []  # read whole
 
     def torch(self, path: Path, *, weights_only: bool) -> TorchFile:
         """A file of torch.save, which may name what is no weight unless it holds nothing else."""
-        self.mapped.append(MappedFile(path))
-        return TorchFile(self.mapped[-1]) if weights_only else TorchFile(self.mapped[-1], names=None)
+        self.opened.append(SourceFile(path))
+        return TorchFile(self.opened[-1]) if weights_only else TorchFile(self.opened[-1], names=None)
 
     def weights(self, path: Path) -> Tensors:
         """The tensors of a file that holds nothing else."""
         if path.suffix == ".safetensors":
-            self.mapped.append(MappedFile(path))
-            tensors = safetensors(self.mapped[-1])
+            self.opened.append(SourceFile(path))
+            tensors = safetensors(self.opened[-1])
             for name, tensor in tensors.items():
                 if tensor.dtype not in DTYPES.values():
                     raise UnsupportedError(f"{path}: tensor {name} is {tensor.dtype}, which no weight here may be")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fourfold.checkpoint.gguf_config import RopeTensors, model_config, notes
 from fourfold.checkpoint.gguf_header import TensorInfo, read_header
 from fourfold.checkpoint.gguf_tokenizer import tokenizer_files
-from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint
+from fourfold.checkpoint.source import FileTensor, Source, SourceFile, fingerprint
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
 
@@ -62,7 +62,7 @@ _IN_LAYER_OF = {  # where an architecture means another tensor
 
 def open_gguf(path: Path) -> Source:
     """The model in a GGUF file. Raises CheckpointError or UnsupportedError, in a sentence that names what is wrong."""
-    file = MappedFile(path)
+    file = SourceFile(path)
     header = read_header(file)
     raw = {name: _tensor(file, name, info) for name, info in header.tensors.items()}
     if EMBEDDING not in raw:
@@ -85,9 +85,9 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _tensor(file: MappedFile, name: str, info: TensorInfo) -> SourceTensor:
+def _tensor(file: SourceFile, name: str, info: TensorInfo) -> SourceTensor:
     if info.kind in _PLAIN:
-        return MappedTensor(file, info.offset, _PLAIN[info.kind], info.shape)
+        return FileTensor(file, info.offset, _PLAIN[info.kind], info.shape)
     if not _can_dequantize(info.kind):
         raise UnsupportedError(f"{file.path}: tensor {name} is {info.kind.name}, which fourfold cannot dequantize")
     return QuantizedTensor(file, info.offset, info.kind, info.shape)
@@ -122,7 +122,7 @@ def _renamed(raw: Mapping[str, SourceTensor], config: ModelConfig) -> dict[str, 
 class QuantizedTensor:
     """A tensor whose rows are runs of quantized blocks; they are read as float32."""
 
-    file: MappedFile
+    file: SourceFile
     offset: int
     kind: GGMLQuantizationType
     shape: tuple[int, ...]

@@ -14,12 +14,13 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from fourfold.checkpoint.fields import MAX_ELEMENTS, check_names
-from fourfold.checkpoint.source import MappedFile
+from fourfold.checkpoint.source import SourceFile
 from fourfold.errors import CheckpointError, UnsupportedError
 
 VERSIONS = (2, 3)
 MAX_KEYS, MAX_TENSORS, MAX_ITEMS, MAX_DIMS = 1 << 16, 1 << 20, 1 << 24, 4
 MAX_HEADER_BYTES = 1 << 30
+PIECE_BYTES = 1 << 20  # of a header, read at a time
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -54,7 +55,7 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def read_header(file: MappedFile) -> Header:
+def read_header(file: SourceFile) -> Header:
     """Everything before the data. Raises CheckpointError for a damaged file, UnsupportedError for an unknown kind."""
     at = _Cursor(file)
     if at.take(4) != b"GGUF":
@@ -98,7 +99,7 @@ def _entry(at: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int
 
 
 def _place(
-    file: MappedFile, entries: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]], start: int, alignment: int
+    file: SourceFile, entries: list[tuple[str, GGMLQuantizationType, tuple[int, ...], int]], start: int, alignment: int
 ) -> dict[str, TensorInfo]:
     """The tensors by name, each inside the file and apart from the others."""
     tensors: dict[str, TensorInfo] = {}
@@ -127,18 +128,21 @@ def _place(
 class _Cursor:
     """Reads from front to back, never past the end, nor more than any sound header has."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: SourceFile) -> None:
         self.file = file
         self.offset = 0
-        self._bytes = file.read(0, min(file.size, MAX_HEADER_BYTES)).data
+        self._end = min(file.size, MAX_HEADER_BYTES)
+        self._piece, self._begin = b"", 0  # what was read last, and where it lies
 
     def take(self, n: int) -> bytes:
-        if n > len(self._bytes) - self.offset:
-            raise CheckpointError(
-                f"{self.file.path} is truncated or damaged: its header reaches past byte {len(self._bytes)}"
-            )
+        if n > self._end - self.offset:
+            raise CheckpointError(f"{self.file.path} is truncated or damaged: its header reaches past byte {self._end}")
+        if self.offset + n > self._begin + len(self._piece):
+            self._begin = self.offset
+            self._piece = self.file.read(self.offset, min(self._end, self.offset + max(n, PIECE_BYTES))).tobytes()
+        at = self.offset - self._begin
         self.offset += n
-        return self._bytes[self.offset - n : self.offset].tobytes()
+        return self._piece[at : at + n]
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]

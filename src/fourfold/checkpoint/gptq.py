@@ -64,10 +64,10 @@ def _matrix(
     order = input_order(f"{module}.g_idx", k, group, "desc_act", reorders, "false", parts)
 
     def codes(start: int, stop: int) -> NDArray[np.uint8]:
-        return nibbles(words.rows(0, k // 8)[:, start:stop].T)
+        return nibbles(words.columns(start, stop).T)
 
     def zeros(start: int, stop: int) -> NDArray[np.int8]:
-        stored = zero_words.rows(0, groups)[:, start // 8 : -(-stop // 8)].view(np.uint32)
+        stored = zero_words.columns(start // 8, -(-stop // 8)).view(np.uint32)
         if is_less_one and not borrows and (nibbles(stored) == 15).any():
             raise UnsupportedError(
                 f"{parts.where}: {module}.qzeros holds a 15, which some programs take for the zero point 16 and some"
@@ -76,6 +76,6 @@ def _matrix(
         return zero_points(stored + np.uint32(EIGHT_ONES if is_less_one else 0), start, stop)
 
     def scale_rows(start: int, stop: int) -> NDArray[np.float32]:
-        return scales.rows(0, groups)[:, start:stop].T.astype(np.float32)
+        return scales.columns(start, stop).T.astype(np.float32)
 
     return IntegerTensor("GPTQ int4", (n, k), group, codes, zeros, scale_rows, order)

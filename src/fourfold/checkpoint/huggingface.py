@@ -1,4 +1,4 @@
-"""Hugging Face directories: `config.json` and weights in one file or in shards, read through a memory mapping.
+"""Hugging Face directories: `config.json` and weights in one file or in shards, rows read as they are asked for.
 
 The weights are safetensors, or files of `torch.save` (*.bin), whose pickles are read as data and never executed. Where
 `config.json` has a `quantization_config`, its method's reader puts the codes and scales of each matrix together.
@@ -24,7 +24,7 @@ from fourfold.checkpoint.coded import CodedTensor, Parts
 from fourfold.checkpoint.complete import HEAD
 from fourfold.checkpoint.fields import Fields, check, check_names
 from fourfold.checkpoint.hf_config import model_config
-from fourfold.checkpoint.source import MappedFile, MappedTensor, Source, fingerprint, one_line, read_json
+from fourfold.checkpoint.source import FileTensor, Source, SourceFile, fingerprint, one_line, read_json
 from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError, UnsupportedError
@@ -50,7 +50,7 @@ class _Form:
     single: str
     index: str
     pattern: str
-    tensors: Callable[[MappedFile], Mapping[str, SourceTensor]]
+    tensors: Callable[[SourceFile], Mapping[str, SourceTensor]]
 
 
 def open_huggingface(path: Path) -> Source:
@@ -67,10 +67,10 @@ def open_huggingface(path: Path) -> Source:
     fields.pop("quantization_config", None)
     config = _with_generation_eos(model_config(fields, str(config_file)), path / "generation_config.json")
     form, shards = _shards(path)
-    files: list[MappedFile] = []
+    files: list[SourceFile] = []
     tensors: dict[str, SourceTensor] = {}
     for shard, listed in shards.items():
-        file = MappedFile(shard)
+        file = SourceFile(shard)
         files.append(file)
         found = form.tensors(file)
         for name in listed - found.keys():
@@ -113,18 +113,18 @@ def _decoded(
                 f"{quantization.where} names the quant_method {method[:80]!r}; fourfold reads {', '.join(METHODS)}, and"
                 " what is not quantized"
             )
-        mapped = {name: tensor for name, tensor in rest.items() if isinstance(tensor, MappedTensor)}
-        parts = Parts(mapped, str(path))
+        plain = {name: tensor for name, tensor in rest.items() if isinstance(tensor, FileTensor)}
+        parts = Parts(plain, str(path))
         coded = METHODS[method](quantization, parts)
         if not coded:
             raise CheckpointError(f"{quantization.where} says {method}, but {path} has none of its tensors")
-        rest = {name: tensor for name, tensor in rest.items() if name in parts or name not in mapped} | coded
+        rest = {name: tensor for name, tensor in rest.items() if name in parts or name not in plain} | coded
         for name in _empty_biases(rest, coded, config):
             del rest[name]
         if config.tie_embeddings and HEAD in coded:
             raise UnsupportedError(f"{path} quantizes {HEAD}, though its config.json ties it to the embedding")
     for name, tensor in rest.items():
-        if isinstance(tensor, MappedTensor) and tensor.dtype in CODE_DTYPES.values():
+        if isinstance(tensor, FileTensor) and tensor.dtype in CODE_DTYPES.values():
             stored_as = next(name for name, dtype in CODE_DTYPES.items() if dtype == tensor.dtype)
             raise UnsupportedError(
                 f"{path}: tensor {name} is {stored_as}; fourfold reads only {', '.join(DTYPES)} and the codes"
@@ -142,7 +142,7 @@ def _empty_biases(
     return [bias for bias in biases if not np.any(tensors[bias].rows(0, tensors[bias].shape[0]))]
 
 
-def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
+def safetensors(file: SourceFile) -> dict[str, FileTensor]:
     """The tensors of one safetensors file, whose header the `safetensors` library has found to be sound.
 
     Raises CheckpointError for a damaged file, UnsupportedError for a tensor of a type that no weight or code has.
@@ -164,7 +164,7 @@ def safetensors(file: MappedFile) -> dict[str, MappedTensor]:
                 f"{file.path}: tensor {name} is {entry['dtype']}; fourfold reads only {', '.join(DTYPES)}"
             )
         start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = MappedTensor(file, start, dtype, tuple(entry["shape"]))
+        tensors[name] = FileTensor(file, start, dtype, tuple(entry["shape"]))
     return tensors
 
 

@@ -3,7 +3,7 @@
     ROOT/latest_checkpointed_iteration.txt              which iteration
     ROOT/iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt     tensor rank TT; with a pipeline mp_rank_TT_PPP, stage PPP
 
-The files hold the optimizer's state, the arguments and the random states too; only the model's tensors are mapped, and
+The files hold the optimizer's state, the arguments and the random states too; only the model's tensors are read, and
 of all else nothing is ever made (`pickle_data`). Stages number their own layers from 0 and may differ in how many they
 have. Tensor ranks are put together again when rows are read (`megatron_join`).
 """
@@ -19,7 +19,7 @@ from fourfold.checkpoint.hf_config import model_config
 from fourfold.checkpoint.megatron_args import model_config as config_of_arguments
 from fourfold.checkpoint.megatron_join import EMBEDDING, joined, model_stage, vocabulary
 from fourfold.checkpoint.pickle_data import Call
-from fourfold.checkpoint.source import MappedFile, Source, fingerprint, read_json
+from fourfold.checkpoint.source import Source, SourceFile, fingerprint, read_json
 from fourfold.checkpoint.tokenizer_files import find_tokenizer
 from fourfold.checkpoint.torch_file import TorchFile
 from fourfold.config import ModelConfig
@@ -43,7 +43,7 @@ def open_megatron(path: Path) -> Source:
     ranks. Raises CheckpointError or UnsupportedError, in a sentence that names what is wrong.
     """
     folder = _iteration(path)
-    opened = [[TorchFile(MappedFile(file), names=None) for file in ranks] for ranks in _grid(folder)]
+    opened = [[TorchFile(SourceFile(file), names=None) for file in ranks] for ranks in _grid(folder)]
     files = [rank.file for ranks in opened for rank in ranks]
     _check_same_iteration([rank for ranks in opened for rank in ranks])
     stages = [model_stage(ranks) for ranks in opened]

@@ -1,13 +1,12 @@
-"""An open checkpoint, whatever it is on disk: a `Source`, and the memory-mapped files under it."""
+"""An open checkpoint, whatever it is on disk: a `Source`, and the files under it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold.config import ModelConfig
 from fourfold.errors import CheckpointError
 
@@ -40,27 +40,13 @@ class Source:
     fingerprint: (
         str  # hexadecimal; changes when a file's name, size or time changes, or what we make of its configuration
     )
-    _files: Sequence[MappedFile] = field(repr=False)
+    _files: Sequence[SourceFile] = field(repr=False)
     notes: tuple[str, ...] = ()  # sentences: what of it is left out, or not said, that its user may miss
 
     def close(self) -> None:
         """Tensors cannot be read from here on; arrays that were read stay valid."""
         for file in self._files:
             file.close()
-
-    def forgetter(self) -> Callable[[], None]:
-        """A function that gives back the memory of all that was read since the last call of this one.
-
-        A mapped file's pages count as the process's own from when they are touched until then. Rows that are used again
-        afterwards are read again.
-        """
-        reads = [(file, file.take_reads()) for file in self._files]
-
-        def forget() -> None:
-            for file, ranges in reads:
-                file.forget(ranges)
-
-        return forget
 
     def __enter__(self) -> Source:
         return self
@@ -69,55 +55,57 @@ class Source:
         self.close()
 
 
-class MappedFile:
-    """A file's bytes, mapped read-only. Raises CheckpointError where the file cannot be opened or is empty."""
+class SourceFile:
+    """A file's bytes, read as they are asked for. Raises CheckpointError where it cannot be opened or is empty.
+
+    It is never mapped: a file that shrinks under a mapping ends the process. It is open only while it is read, since a
+    checkpoint may have more files than a process may have open; another one in its place is noticed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                facts = os.fstat(file.fileno())
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is empty") from error
-        self.size = len(self._map)
-        self._reads: list[tuple[int, int]] = []
+        if facts.st_size == 0:
+            raise CheckpointError(f"{path} is empty")
+        self.size = facts.st_size
+        self._stamp = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+        self._is_closed = False
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """A view of bytes [start, stop), fewer where the file ends before. Raises ValueError after `close`."""
-        if self._map is None:
-            raise ValueError(f"{self.path} has been closed")
+        """Bytes [start, stop), fewer where the file ends before. Raises as `read_runs` does."""
         start, stop = min(start, self.size), min(stop, self.size)
-        self._reads.append((start, stop))
-        self._advise(mmap.MADV_WILLNEED, start, stop)  # a disk is asked for all of it at once, not for a page at a time
-        return np.frombuffer(self._map, np.uint8, stop - start, start)
+        return self.read_runs(start, 0, 1, stop - start).reshape(-1)
 
-    def take_reads(self) -> list[tuple[int, int]]:
-        """The ranges that were read since the last call."""
-        reads, self._reads = self._reads, []
-        return reads
+    def read_runs(self, start: int, stride: int, n_runs: int, n_bytes: int) -> NDArray[np.uint8]:
+        """Runs of `n_bytes` whose begins lie `stride` bytes apart, (n_runs, n_bytes), all inside the file.
 
-    def forget(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Gives the memory of these ranges back; a page that is used again is mapped again."""
-        for start, stop in ranges:
-            self._advise(mmap.MADV_DONTNEED, start, stop)
+        Raises ValueError after `close`, and CheckpointError where the file is another by now, or cannot be read.
+        """
+        if self._is_closed:
+            raise ValueError(f"{self.path} has been closed")
+        runs: NDArray[np.uint8] = np.empty((n_runs, n_bytes), np.uint8)
+        try:
+            file = _core.ReadFile(str(self.path))
+            if file.stamp != self._stamp:
+                raise CheckpointError(f"{self.path} has changed since it was opened; begin again")
+            file.read_runs(start, stride, runs)
+        except _core.StallError as error:
+            raise CheckpointError(str(error)) from None
+        return runs
 
     def close(self) -> None:
-        self._map = None  # views keep the mapping
-
-    def _advise(self, advice: int, start: int, stop: int) -> None:
-        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._map is not None and stop > begin:
-            with suppress(OSError):  # it is refused where, say, the process has its pages locked in memory
-                self._map.madvise(advice, begin, stop - begin)
+        self._is_closed = True
 
 
 @dataclass(frozen=True)
-class MappedTensor:
-    """A tensor that lies in a file as it is, first axis outermost; rows are views of the mapping where aligned."""
+class FileTensor:
+    """A tensor that lies in a file as it is, first axis outermost."""
 
-    file: MappedFile
+    file: SourceFile
     offset: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -135,7 +123,15 @@ class MappedTensor:
         assert 0 <= start <= stop <= self.shape[0]
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         packed = self.file.read(self.offset + start * row_bytes, self.offset + stop * row_bytes)
-        return np.require(packed.view(self.dtype).reshape(stop - start, *self.shape[1:]), requirements="A")
+        return packed.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def columns(self, start: int, stop: int) -> NDArray[np.generic]:
+        """Columns [start, stop) of a matrix; nothing else of it is read."""
+        n, width = self.shape
+        assert 0 <= start <= stop <= width
+        size = self.dtype.itemsize
+        runs = self.file.read_runs(self.offset + start * size, width * size, n, (stop - start) * size)
+        return runs.view(self.dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Files of `torch.save`, read without torch: a zip of stored members, one of them a pickle, the others raw storages.
 
 The pickle is read as data (`pickle_data`), never executed. A tensor in it is a view: a storage, an offset, sizes and
-strides, each checked against the file before anything is read through it. Storages are mapped, so that rows are read
-straight from the file, and names that share a storage share its bytes.
+strides, each checked against the file before anything is read through it. Rows are read straight from the file, and
+names that share a storage share its bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fourfold.checkpoint.fields import MAX_ELEMENTS, check_names
 from fourfold.checkpoint.pickle_data import Call, Name, Persistent, read_pickle
-from fourfold.checkpoint.source import MappedFile, MappedTensor, one_line
+from fourfold.checkpoint.source import FileTensor, SourceFile, one_line
 from fourfold.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ MAX_AXES = 8
 class TorchFile:
     """One file of `torch.save`. `content` is what was saved, as `pickle_data` shows it; `tensors` makes its tensors."""
 
-    def __init__(self, file: MappedFile, names: Container[str] | None = WEIGHTS) -> None:
+    def __init__(self, file: SourceFile, names: Container[str] | None = WEIGHTS) -> None:
         """`names`: all that the file may name; None where it holds more than weights (which stays a record).
 
         Raises CheckpointError where the file is damaged, is no such file, or names something else; UnsupportedError
@@ -126,7 +126,7 @@ class TorchFile:
         if stop - start != n * dtype.itemsize or (math.prod(shape) and last >= n):
             raise self._unfit(name)
         if not math.prod(shape) or _is_contiguous(shape, strides):
-            return MappedTensor(self.file, start + offset * dtype.itemsize, dtype, shape)
+            return FileTensor(self.file, start + offset * dtype.itemsize, dtype, shape)
         return StridedTensor(self.file, start + offset * dtype.itemsize, dtype, shape, strides)
 
     def _unfit(self, name: str) -> CheckpointError:
@@ -135,9 +135,9 @@ class TorchFile:
 
 @dataclass(frozen=True)
 class StridedTensor:
-    """A tensor that lies in a file with gaps or out of order; rows are views of the mapping. `strides` in elements."""
+    """A tensor that lies in a file with gaps or out of order. `strides` in elements."""
 
-    file: MappedFile
+    file: SourceFile
     offset: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -145,14 +145,31 @@ class StridedTensor:
 
     def rows(self, start: int, stop: int) -> NDArray[np.generic]:
         assert 0 <= start <= stop <= self.shape[0]
-        n = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        elements = self.file.read(self.offset, self.offset + n * self.dtype.itemsize).view(self.dtype)
-        strides = [stride * self.dtype.itemsize for stride in self.strides]
-        whole = as_strided(elements, self.shape, strides, writeable=False)
-        return np.require(whole[start:stop], requirements="A")
+        if start == stop:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        return self._gathered(start * self.strides[0], (stop - start, *self.shape[1:]), self.strides)
+
+    def _gathered(self, first: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.generic]:
+        """Elements from the `first` on: all between them too where most are wanted, else by the outermost axis."""
+        size = self.dtype.itemsize
+        spans = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+        span, begin = 1 + sum(spans), self.offset + first * size
+        if span <= 2 * math.prod(shape):
+            elements = self.file.read(begin, begin + span * size).view(self.dtype)
+            return as_strided(elements, shape, [stride * size for stride in strides], writeable=False)
+        axis = spans.index(max(spans))
+        rest, within = _without(shape, axis), _without(strides, axis)
+        n_run = 1 + sum(spans) - spans[axis]
+        if n_run <= 2 * math.prod(rest):
+            runs = self.file.read_runs(begin, strides[axis] * size, shape[axis], n_run * size).view(self.dtype)
+            inner = [stride * size for stride in within]
+            found = as_strided(runs, (shape[axis], *rest), [runs.strides[0], *inner], writeable=False)
+            return np.moveaxis(found, 0, axis)
+        parts = [self._gathered(first + i * strides[axis], rest, within) for i in range(shape[axis])]
+        return np.stack(parts, axis)
 
 
-def weights(file: MappedFile) -> dict[str, SourceTensor]:
+def weights(file: SourceFile) -> dict[str, SourceTensor]:
     """The tensors of a file that holds nothing else: a shard of a Hugging Face model. Raises as `TorchFile` does."""
     opened = TorchFile(file)
     return opened.tensors(opened.content)
@@ -167,7 +184,7 @@ class _Listing(io.FileIO):
         return super().read(-1 if size is None else size)
 
 
-def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
+def _members(file: SourceFile) -> dict[str, tuple[int, int]]:
     """Where the bytes of each member of a zip file lie: from, to. All are stored as they are, and inside the file."""
     magic = file.read(0, 4).tobytes()
     if magic[:1] == b"\x80":
@@ -188,7 +205,7 @@ def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _place(file: MappedFile, info: zipfile.ZipInfo) -> tuple[int, int]:
+def _place(file: SourceFile, info: zipfile.ZipInfo) -> tuple[int, int]:
     at, name = info.header_offset, _short(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
         raise UnsupportedError(f"{file.path}: {name} is compressed or encrypted, which torch.save never does")
@@ -200,6 +217,10 @@ def _place(file: MappedFile, info: zipfile.ZipInfo) -> tuple[int, int]:
     if start + info.file_size > file.size:
         raise CheckpointError(f"{file.path} is damaged: {name} would reach beyond its end")
     return start, start + info.file_size
+
+
+def _without(values: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return values[:axis] + values[axis + 1 :]
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -13,6 +14,7 @@ from starlette.responses import Response
 
 from fourfold.grammar import Form
 from fourfold.request import Request
+from fourfold.sampling import SamplingParams
 from fourfold.server import tools as tool_calls
 from fourfold.server.chat_answer import Answer
 from fourfold.server.errors import bad_request, failed
@@ -42,7 +44,7 @@ async def create_chat_completion(body: ChatRequest, http: HttpRequest) -> Respon
     max_tokens = min(body.max_completion_tokens or body.max_tokens or room, room)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = [sampling_params(body, i, max_tokens, logprobs) for i in range(n)]
-    requests = [Request(ids, each, form.matcher() if form else None) for each in params]
+    requests = [_request(ids, each, form) for each in params]
     check_logprobs(requests, service.limits, "top_logprobs")
     job = await service.submit(requests)
     answers = [Answer(i, tools, bool(body.logprobs), service.tokenizer.vocabulary) for i in range(n)]
@@ -98,6 +100,15 @@ def _prompt(body: ChatRequest, tools: tool_calls.Tools | None, service: Service)
         return ids, None
     schema = form.json_schema.schema_ if form.json_schema else None
     return ids, service.grammars.json_object() if schema is None else service.grammars.json_schema(schema)
+
+
+def _request(ids: tuple[int, ...], params: SamplingParams, form: Form | None) -> Request:
+    """Stop strings end what is said freely: neither a call nor JSON that was asked for is cut in half."""
+    if form is None:
+        return Request(ids, params)
+    if form.uncut is None:
+        params = dataclasses.replace(params, stop=())
+    return Request(ids, params, form.matcher(), uncut=form.uncut)
 
 
 def _message(message: Message, index: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -15,6 +14,7 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fourfold.json_text import json_text
 from fourfold.server.auth import route_path
 from fourfold.server.errors import ApiError
 from fourfold.server.replies import send_error
@@ -40,7 +40,7 @@ class JsonLines(logging.Formatter):
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["trace"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return json_text(entry, default=str)
 
 
 class PlainLines(logging.Formatter):

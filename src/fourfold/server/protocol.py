@@ -76,7 +76,7 @@ class SamplingFields(Strict):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token. Missing: 1.")
     top_p: float | None = Field(None, ge=0, le=1, description="Missing: 1. 0: the likeliest token alone.")
-    stop: str | List[str] | None = Field(None, description="The answer ends before any of these.")
+    stop: str | List[str] | None = Field(None, description="Ends what is said, not calls or JSON.")
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="The same seed, the same answers.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)

@@ -125,7 +125,7 @@ class CallReader:
 
     @property
     def is_amid_call(self) -> bool:
-        """Whether a call has begun whose arguments are not whole: a stop string, or the length, may end it there."""
+        """Whether a call has begun whose arguments are not whole: the length may end it there."""
         return self._read in (self._header, self._arguments)
 
     def push(self, text: str, last: bool = False) -> list[Event]:

@@ -62,7 +62,7 @@ def _head(results: Results) -> Iterator[str]:
         f"{machine['threads']} threads of {machine['cpu'] or 'this machine'} ({machine['isa']}), every peer in turn, "
         "round by round, and none at work while another is. Median of the rounds (least–most); then the share of the "
         "limit as measured before and after each turn: reading the packed weights at the read bandwidth, or "
-        f"multiplying with them at the {peak_name(machine)} peak, whichever takes longer; products in int8 may pass 1. "
+        f"multiplying with them at the {peak_name(machine)} peak, whichever takes longer. "
         "`python benchmarks/compare.py` makes all of this again.\n"
     )
 

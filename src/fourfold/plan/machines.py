@@ -28,7 +28,7 @@ class NodeRates:
     memory_gb: float  # that a model may take
     read_gb_s: float  # all its cores reading at once
     cache_mb: float  # last level
-    peak_tflops: float  # of the fastest instructions that multiply bfloat16
+    peak_tflops: float  # of the fastest instructions that multiply what prompts are made of
 
 
 @dataclass(frozen=True)

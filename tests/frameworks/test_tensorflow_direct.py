@@ -1,0 +1,513 @@
+"""fourfold.tensorflow's direct product: the op's bits where nobody else looks, and the op wherever somebody does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from keras_models import TYPES, dense, keras, layers, numbers, tf
+
+import fourfold._core as _core
+from fourfold.config import FORMATS
+from fourfold.tensorflow import Dense, direct, ops, quantize
+
+# Of Keras and TensorFlow about themselves.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def is_direct(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], bool]:
+    """Whether a call, made twice, went past our op."""
+    calls = []
+    op = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *inputs: calls.append(1) or op(*inputs))
+
+    def went_past(call: Callable[[], Any]) -> bool:
+        call()
+        calls.clear()
+        call()
+        return not calls
+
+    return went_past
+
+
+def of_op(layer: Any, x: Any) -> Any:
+    return ops.linear(x, layer.weight.value, layer.bias_or_none())
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_its_bits_are_those_of_the_op(fmt: str, dtype: str, is_direct: Any) -> None:
+    for use_bias in (True, False):
+        layer = dense(fmt=fmt, dtype=dtype, use_bias=use_bias)
+        for shape in ((1, 100), (5, 100), (3, 40, 100), (2, 1, 3, 1, 100)):
+            x = numbers(*shape, dtype=dtype)
+            assert is_direct(lambda: layer(x))  # noqa: B023
+            y, expected = layer(x), of_op(layer, x)
+            assert type(y) is type(expected)
+            assert (y.dtype, y.shape, y.device) == (expected.dtype, expected.shape, expected.device)
+            assert np.array_equal(y, expected)
+        for shape in ((0, 100), (2, 0, 100)):
+            assert layer(numbers(*shape, dtype=dtype)).shape == (*shape[:-1], 50)
+
+
+@pytest.mark.parametrize(
+    ("equation", "bias_axes", "kernel", "x"),
+    [
+        ("abc,cde->abde", "de", (6, 3, 5), (2, 4, 6)),
+        ("abcd,cde->abe", "e", (3, 5, 7), (2, 4, 3, 5)),
+        ("abcd,edc->abe", None, (7, 5, 3), (2, 4, 3, 5)),
+        ("...x,xy->...y", "y", (6, 5), (2, 3, 4, 6)),
+    ],
+)
+def test_an_einsum_is_direct(equation: str, bias_axes: Any, kernel: Any, x: Any, is_direct: Any) -> None:
+    outputs = [
+        dict(zip(equation.split(",")[1].split("->")[0], kernel, strict=True))[a] for a in kernel_outputs(equation)
+    ]
+    shape = (
+        tuple(outputs)
+        if "..." in equation
+        else (None,) * (len(equation.split("->")[1]) - 1 - len(outputs)) + (*outputs,)
+    )
+    layer = layers.EinsumDense(equation, output_shape=shape, bias_axes=bias_axes, bias_initializer="normal")
+    data = numbers(*x)
+    layer(data)
+    quantize(layer)
+    assert is_direct(lambda: layer(data))
+    with tf.GradientTape():
+        expected = layer(data)
+    assert layer(data).shape == expected.shape
+    assert np.array_equal(layer(data), expected)
+
+
+def kernel_outputs(equation: str) -> str:
+    kernel, y = equation.replace("...", "").split(",")[1].split("->")
+    return "".join(axis for axis in y if axis in kernel)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "linear", None, keras.layers.LeakyReLU()])
+def test_an_activation_is_what_follows(activation: Any, is_direct: Any) -> None:
+    layer, x = dense(activation=activation), numbers(3, 100)
+    assert is_direct(lambda: layer(x))
+    assert np.array_equal(layer(x), keras.activations.get(activation)(of_op(layer, x)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_is_direct_where_no_bias_is_cast(policy: str, is_direct: Any) -> None:
+    for use_bias in (True, False):
+        layer = dense(dtype=policy, use_bias=use_bias)
+        x = numbers(2, 100, dtype=layer.compute_dtype)
+        assert is_direct(lambda: layer(x)) is not use_bias  # noqa: B023
+        bias = tf.cast(layer.bias.value, x.dtype) if use_bias else layer.bias_or_none()
+        assert np.array_equal(layer(x), ops.linear(x, layer.weight.value, bias))
+        assert layer(numbers(2, 100)).dtype == layer.compute_dtype  # float32 comes in
+
+
+def test_a_layer_within_one_of_another_type_keeps_its_bias() -> None:
+    class Around(layers.Layer):
+        def __init__(self, inner: Any) -> None:
+            super().__init__(dtype="mixed_bfloat16")
+            self.inner = inner
+
+        def call(self, x: Any) -> Any:
+            return self.inner(tf.cast(x, "float32"))
+
+    layer, x = dense(), numbers(2, 100)
+    expected = of_op(layer, tf.cast(tf.cast(x, "bfloat16"), "float32"))
+    around = Around(layer)
+    assert np.array_equal(around(x), expected)
+    with tf.GradientTape():
+        assert np.array_equal(around(x), expected)
+
+
+# Whoever looks gets the op
+
+
+@contextmanager
+def callback() -> Iterator[None]:
+    from tensorflow.python.framework import op_callbacks
+
+    def look(op_type: Any, inputs: Any, attrs: Any, outputs: Any, *_: Any, **__: Any) -> Any:
+        return outputs
+
+    op_callbacks.add_op_callback(look)
+    try:
+        yield
+    finally:
+        op_callbacks.remove_op_callback(look)
+
+
+@contextmanager
+def numeric_checks() -> Iterator[None]:
+    tf.debugging.enable_check_numerics()
+    try:
+        yield
+    finally:
+        tf.debugging.disable_check_numerics()
+
+
+@contextmanager
+def placement_logged() -> Iterator[None]:
+    tf.debugging.set_log_device_placement(True)
+    try:
+        yield
+    finally:
+        tf.debugging.set_log_device_placement(False)
+
+
+@contextmanager
+def profiled() -> Iterator[None]:
+    tf.profiler.experimental.start("")
+    try:
+        yield
+    finally:
+        tf.profiler.experimental.stop(save=False)
+
+
+@contextmanager
+def distributed() -> Iterator[None]:
+    from keras.src.backend.common import global_state
+
+    class Nowhere:
+        def get_tensor_layout(self, path: str) -> None:
+            return None
+
+    global_state.set_global_attribute("distribution", Nowhere())
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("distribution", None)
+
+
+@contextmanager
+def asynchronous() -> Iterator[None]:
+    from tensorflow.python.eager import context, executor
+
+    with context.executor_scope(executor.new_executor(enable_async=True)):
+        yield
+
+
+@contextmanager
+def forward() -> Iterator[None]:
+    x = tf.ones(())
+    with tf.autodiff.ForwardAccumulator(x, x):
+        yield
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        tf.GradientTape,
+        lambda: tf.GradientTape(persistent=True, watch_accessed_variables=False),
+        forward,
+        callback,
+        numeric_checks,
+        placement_logged,
+        profiled,
+        distributed,
+        asynchronous,
+        keras.StatelessScope,
+    ],
+)
+def test_whoever_looks_sees_the_op(watch: Callable[[], AbstractContextManager[Any]], is_direct: Any) -> None:
+    layer, x = dense(), numbers(3, 100)
+    expected = of_op(layer, x)
+    assert is_direct(lambda: layer(x))
+    with watch():
+        assert not is_direct(lambda: layer(x))
+        assert np.array_equal(layer(x), expected)
+    assert is_direct(lambda: layer(x))
+
+
+def test_a_scope_of_a_device_is_one(is_direct: Any) -> None:
+    layer, x = dense(), numbers(3, 100)
+    layer(x)
+    with tf.device("GPU:0"), pytest.raises(tf.errors.InvalidArgumentError, match="GPU:0"):
+        layer(x)
+    with tf.device("CPU:0"):
+        assert is_direct(lambda: layer(x))
+
+
+def test_a_graph_takes_the_op_for_a_tensor_that_is_already_there() -> None:
+    layer, x = dense(), numbers(3, 100)
+    expected = layer(x)
+    traced = tf.function(lambda: layer(x))
+    kinds = {op.type for op in traced.get_concrete_function().graph.get_operations()}
+    assert "FourfoldLinear" in kinds
+    assert np.array_equal(traced(), expected)
+
+
+def test_values_of_a_stateless_scope_are_those_that_count() -> None:
+    layer, x = dense(), numbers(3, 100)
+    layer(x)
+    other = numbers(50)
+    y, _ = layer.stateless_call([other], [layer.weight.value], x)
+    assert np.array_equal(y, ops.linear(x, layer.weight.value, other))
+
+
+def test_a_mask_goes_on() -> None:
+    layer, x = dense(), numbers(3, 4, 100)
+    layer(x)
+    x._keras_mask = tf.ones((3, 4), "bool")
+    assert layer(x)._keras_mask is x._keras_mask
+
+
+def test_losses_of_activities_are_added(is_direct: Any) -> None:
+    layer, x = dense(activity_regularizer="l2"), numbers(3, 100)
+    assert not is_direct(lambda: layer(x))
+    assert float(layer.losses[-1]) > 0
+    late = dense()
+    assert is_direct(lambda: late(x))
+    late.activity_regularizer = keras.regularizers.L2(1.0)
+    late(x)
+    assert float(late.losses[-1]) > 0
+
+
+def test_what_a_user_changes_counts(is_direct: Any) -> None:
+    class Own(Dense):
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            return super().call(x) * 2
+
+    layer, x = dense(), numbers(3, 100)
+    plain = layer(x)
+    layer.activation = keras.activations.relu
+    assert np.array_equal(layer(x), tf.nn.relu(plain))
+    layer.activation = None
+    layer.call = lambda x, training=None: x * 0
+    assert not np.asarray(layer(x)).any()
+    del layer.call
+    assert np.array_equal(layer(x), plain)
+    own = Own(50)
+    own.build((None, 100))
+    own.weight.assign(layer.weight.value)
+    assert np.array_equal(own(x), own.multiply(x) * 2)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.ones((2, 100), np.float32),
+        tf.ones((2, 100), "float16"),
+        tf.Variable(tf.ones((2, 100))),
+    ],
+)
+def test_other_inputs_are_kerass_to_convert(x: Any, is_direct: Any) -> None:
+    layer = dense()
+    assert not is_direct(lambda: layer(x))
+    assert layer(x).dtype == "float32"
+    ones = tf.ones((2, 100))
+    assert np.array_equal(layer(x), layer(ones))
+
+
+def test_arguments_of_keras_are_taken(is_direct: Any) -> None:
+    layer, x = dense(), numbers(3, 100)
+    assert np.array_equal(layer(x, training=True), layer(x))
+    assert np.array_equal(layer(inputs=x), layer(x))
+
+
+def test_where_tensorflow_is_another_the_op_computes(monkeypatch: pytest.MonkeyPatch, is_direct: Any) -> None:
+    assert direct.IS_POSSIBLE
+    assert not _core.find_tensorflow_eager("libnothing.so")
+    assert not _core.find_tensorflow_eager("libc.so.6")
+    monkeypatch.setattr(direct, "IS_POSSIBLE", False)
+    layer, x = dense(), numbers(3, 100)
+    assert not is_direct(lambda: layer(x))
+    assert np.array_equal(layer(x), of_op(layer, x))
+
+
+def test_the_bias_of_a_recomputed_layer_has_its_gradient() -> None:
+    layer, x = dense(), numbers(3, 100)
+    layer(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.reduce_sum(tf.recompute_grad(lambda x: layer(x))(x))
+    to_x, to_bias = tape.gradient(y, [x, layer.bias.value])
+    assert to_x.shape == x.shape
+    assert np.array_equal(to_bias, np.full(50, 3, np.float32))
+
+
+def test_variables_that_a_function_uses_are_noticed() -> None:
+    layer, x = dense(), numbers(3, 100)
+    layer(x)
+    uses = tf.custom_gradient(lambda x: (layer(x), lambda grad: grad))
+    with pytest.raises(TypeError, match="variables"):
+        uses(x)
+
+
+# Variables that change
+
+
+def other_weights(layer: Any, fmt: str = "nf4") -> Any:
+    return tf.identity(dense(fmt=fmt).weight.value)
+
+
+CHANGES: dict[str, Callable[[Any, Any, Path], object]] = {
+    "keras": lambda layer, new, _: layer.weight.assign(new),
+    "tensorflow": lambda layer, new, _: layer.weight.value.assign(new),
+    "graph": lambda layer, new, _: tf.function(lambda: layer.weight.value.assign(new).shape)(),
+    "op": lambda layer, new, _: tf.raw_ops.AssignVariableOp(resource=layer.weight.value.handle, value=new),
+    "checkpoint": lambda layer, new, path: restored(layer, new, path),
+    "set_weights": lambda layer, new, _: layer.set_weights([np.asarray(layer.bias), np.asarray(new)]),
+}
+
+
+def restored(layer: Any, new: Any, path: Path) -> None:
+    old = tf.identity(layer.weight.value)
+    layer.weight.assign(new)
+    saved = tf.train.Checkpoint(layer).save(str(path / "weights"))
+    layer.weight.assign(old)
+    layer(numbers(1, 100))
+    tf.train.Checkpoint(layer).restore(saved)
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("holds", [True, False])
+def test_weights_that_are_assigned_are_those_of_the_next_call(how: str, holds: bool, tmp_path: Path) -> None:
+    layer, x = dense(), numbers(3, 100)
+    for _ in range(3):
+        before = layer(x)
+    kept = layer.weight.value.read_value() if holds else None
+    CHANGES[how](layer, other_weights(layer), tmp_path)
+    expected = of_op(layer, x)
+    assert not np.array_equal(expected, before)
+    for _ in range(3):
+        assert np.array_equal(layer(x), expected)
+    assert kept is None or not np.array_equal(kept, layer.weight.value)
+
+
+def test_a_bias_that_trains_is_that_of_the_next_call() -> None:
+    layer, x = dense(), numbers(3, 100)
+    bias, step = layer.bias.value, numbers(50)
+    changes = (
+        lambda: bias.assign(step),
+        lambda: bias.assign_add(step),
+        lambda: bias.assign_sub(step / 3),
+        lambda: bias[3:9].assign(step[3:9]),
+        lambda: bias.scatter_nd_update([[7], [2]], [3.0, 4.0]),  # from here on every read is a copy
+        lambda: bias.scatter_nd_update([[1]], [5.0]),
+        lambda: keras.optimizers.Adam(0.1).apply([step], [layer.bias]),
+    )
+    for change in changes:
+        for _ in range(3):
+            before = layer(x)
+        change()
+        for _ in range(3):
+            y = layer(x)
+            assert np.array_equal(y, of_op(layer, x))
+            assert not np.array_equal(y, before)
+
+
+def test_weights_say_anew_what_they_are_in() -> None:
+    layer, x = dense(), numbers(3, 100)
+    layer(x)
+    layer(x)
+    was = tf.identity(layer.weight.value)
+    layer.weight.value.assign(other_weights(layer, "fp4"))
+    assert layer.format == "fp4"
+    assert np.array_equal(layer(x), of_op(layer, x))
+    layer.weight.value.assign(tf.zeros_like(was))
+    for _ in range(3):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="does not end in the name of a format"):
+            layer(x)
+    layer.weight.value.assign(was)
+    for _ in range(3):
+        assert np.array_equal(layer(x), of_op(layer, x))
+
+
+def test_weights_that_are_loaded_replace_those_that_were_held(tmp_path: Path) -> None:
+    first, second = (keras.Sequential([keras.Input((100,)), layers.Dense(50)]) for _ in range(2))
+    for model in (first, second):
+        quantize(model)
+    x = numbers(3, 100)
+    first.layers[0](x)
+    second.save_weights(tmp_path / "of.weights.h5")
+    first.load_weights(tmp_path / "of.weights.h5")
+    assert "_ways" not in vars(first.layers[0])
+    assert np.array_equal(first.layers[0](x), second.layers[0](x))
+
+
+def test_a_layer_takes_its_variables_along() -> None:
+    layer = dense()
+    layer(numbers(1, 100))
+    weight = weakref.ref(layer.weight.value)
+    del layer
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_copy_has_its_own() -> None:
+    layer, x = dense(), numbers(3, 100)
+    y = layer(x)
+    copied = copy.deepcopy(layer)
+    assert np.array_equal(copied(x), y)
+    copied.weight.assign(other_weights(layer))
+    assert np.array_equal(layer(x), y)
+    assert not np.array_equal(copied(x), y)
+
+
+def test_threads_share_a_layer() -> None:
+    layer, xs = dense(512, 512), [numbers(1, 512) for _ in range(4)]
+    expected = [np.asarray(layer(x)) for x in xs]
+    wrong = []
+
+    def call(i: int) -> None:
+        wrong.extend(i for _ in range(200) if not np.array_equal(layer(xs[i]), expected[i]))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+ELSEWHERE = """
+import os, sys
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import numpy as np
+import tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras
+from fourfold.tensorflow import ops, quantize
+def made():
+    layer = keras.layers.Dense(50)
+    layer.build((None, 100))
+    return quantize(layer)
+op, calls = ops.linear, []
+ops.linear = lambda *inputs: calls.append(1) or op(*inputs)
+here, x = made(), tf.random.normal((2, 100))
+with tf.device("CPU:1"):
+    there, moved = made(), tf.identity(x)
+assert moved.device.endswith("CPU:1"), moved.device
+expected = op(x, here.weight.value, here.bias_or_none())
+assert np.array_equal(here(x), expected) and not calls
+assert np.array_equal(here(moved), expected) and len(calls) == 1
+there(x), there(moved)
+assert len(calls) == 3
+"""
+
+
+def test_tensors_and_variables_of_another_device_are_the_ops() -> None:
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import subprocess
 import sys
 import threading
@@ -255,6 +256,19 @@ def test_a_graph_takes_the_op_for_a_tensor_that_is_already_there() -> None:
     kinds = {op.type for op in traced.get_concrete_function().graph.get_operations()}
     assert "FourfoldLinear" in kinds
     assert np.array_equal(traced(), expected)
+
+
+def test_autograph_can_read_a_call() -> None:
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = told.append  # type: ignore[method-assign]
+    layer, x = dense(), numbers(3, 100)
+    tf.get_logger().addHandler(handler)
+    try:
+        tf.function(lambda x: layer(x))(x)
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [record.getMessage() for record in told if "AutoGraph" in record.getMessage()]
 
 
 def test_values_of_a_stateless_scope_are_those_that_count() -> None:

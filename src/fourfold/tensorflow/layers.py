@@ -87,7 +87,8 @@ class Packed(keras.layers.Layer):
         if len(args) == 1 and not kwargs and type(args[0]) is EAGER and self.built:
             x, own = args[0], self.__dict__
             product, plain_type = own.get("_ways") or self._find_ways()
-            if product is not None and direct.is_unwatched() and (y := product(x)) is not None:
+            y = product(x) if product is not None and direct.is_unwatched() else None
+            if y is not None:
                 return y if self.activation in UNCHANGED else self.activation(y)
             is_plain = x.dtype is plain_type and getattr(x, "_keras_mask", None) is None
             if is_plain and self._takes(tuple(x.shape)) and direct.is_outside_autocast():

@@ -1,12 +1,16 @@
 // The part of TensorFlow's C API that we use, found in the TensorFlow that is loaded: nothing of TensorFlow is needed
 // to build us, and no version of it is built in. Names and types are those of tensorflow/c/{ops,kernels,tf_tensor}.h,
-// which TensorFlow keeps compatible.
+// which TensorFlow keeps compatible; those of the second table are from tensorflow/c/eager/c_api{,_experimental}.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace fourfold {
 
+struct TFE_Context;
+struct TFE_Executor;
+struct TFE_Op;
+struct TFE_TensorHandle;
 struct TF_Buffer {
     const void* data;
     size_t length;
@@ -22,7 +26,7 @@ struct TF_Status;
 struct TF_Tensor;
 
 enum TF_Code : int { TF_OK = 0, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8, TF_INTERNAL = 13 };
-enum TF_DataType : int { TF_FLOAT = 1, TF_BFLOAT16 = 14, TF_HALF = 19 };
+enum TF_DataType : int { TF_FLOAT = 1, TF_UINT8 = 4, TF_BFLOAT16 = 14, TF_HALF = 19 };
 
 using TF_Create = void*(TF_OpKernelConstruction*);
 using TF_Compute = void(void* self, TF_OpKernelContext*);
@@ -70,10 +74,36 @@ using TF_InferShapes = void(TF_ShapeInferenceContext*, TF_Status*);
     F(TF_Dim, int64_t, (const TF_Tensor*, int))                                                               \
     F(TF_TensorData, void*, (const TF_Tensor*))
 
+// Of eager execution, which an op does not need.
+#define FOURFOLD_TENSORFLOW_EAGER_FUNCTIONS(F)                                                     \
+    F(TF_AllocateTensor, TF_Tensor*, (TF_DataType, const int64_t* dims, int n_dims, size_t bytes)) \
+    F(TFE_ContextGetExecutorForThread, TFE_Executor*, (TFE_Context*))                              \
+    F(TFE_ExecutorIsAsync, bool, (TFE_Executor*))                                                  \
+    F(TFE_DeleteExecutor, void, (TFE_Executor*))                                                   \
+    F(TFE_NewOp, TFE_Op*, (TFE_Context*, const char* name, TF_Status*))                            \
+    F(TFE_OpReset, void, (TFE_Op*, const char* name, const char* device, TF_Status*))              \
+    F(TFE_DeleteOp, void, (TFE_Op*))                                                               \
+    F(TFE_OpAddInput, void, (TFE_Op*, TFE_TensorHandle*, TF_Status*))                              \
+    F(TFE_OpSetAttrType, void, (TFE_Op*, const char* name, TF_DataType))                           \
+    F(TFE_Execute, void, (TFE_Op*, TFE_TensorHandle * *results, int* n_results, TF_Status*))       \
+    F(TFE_NewTensorHandle, TFE_TensorHandle*, (const TF_Tensor*, TF_Status*))                      \
+    F(TFE_DeleteTensorHandle, void, (TFE_TensorHandle*))                                           \
+    F(TFE_TensorHandleDataType, TF_DataType, (TFE_TensorHandle*))                                  \
+    F(TFE_TensorHandleNumDims, int, (TFE_TensorHandle*, TF_Status*))                               \
+    F(TFE_TensorHandleDim, int64_t, (TFE_TensorHandle*, int, TF_Status*))                          \
+    F(TFE_TensorHandleNumElements, int64_t, (TFE_TensorHandle*, TF_Status*))                       \
+    F(TFE_TensorHandleDeviceName, const char*, (TFE_TensorHandle*, TF_Status*))                    \
+    F(TFE_TensorHandleDevicePointer, void*, (TFE_TensorHandle*, TF_Status*))
+
 // A pointer to each, under its own name.
 struct TensorFlow {
 #define FOURFOLD_POINTER(name, result, parameters) result(*name) parameters;
     FOURFOLD_TENSORFLOW_FUNCTIONS(FOURFOLD_POINTER)
+#undef FOURFOLD_POINTER
+};
+struct TensorFlowEager {
+#define FOURFOLD_POINTER(name, result, parameters) result(*name) parameters;
+    FOURFOLD_TENSORFLOW_EAGER_FUNCTIONS(FOURFOLD_POINTER)
 #undef FOURFOLD_POINTER
 };
 

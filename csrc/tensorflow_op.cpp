@@ -22,6 +22,7 @@ namespace {
 
 TensorFlow tf;
 std::atomic<const void*> last_weight = nullptr;
+constexpr size_t kNameBytes = 8;  // of a format, at the end of a weight
 
 struct Delete {
     void operator()(TF_Buffer* buffer) const { tf.TF_DeleteBuffer(buffer); }
@@ -69,38 +70,6 @@ class Output {
   private:
     Owned<TF_Tensor> tensor_;
 };
-
-NumberType number_type(TF_DataType type) {
-    switch (type) {
-        case TF_FLOAT:
-            return NumberType::f32;
-        case TF_HALF:
-            return NumberType::f16;
-        case TF_BFLOAT16:
-            return NumberType::bf16;
-        default:
-            throw std::invalid_argument("numbers must be float32, float16 or bfloat16");
-    }
-}
-
-constexpr size_t kNameBytes = 8;
-
-// Throws std::invalid_argument where the bytes are not those of a matrix (n, k): the kernels read by address.
-MatrixView matrix_of(const Input& weight, size_t n, size_t k) {
-    if (weight.rank() != 1 || weight.size(0) < kNameBytes) throw std::invalid_argument("weight must be (bytes,)");
-    const auto* const bytes = static_cast<const uint8_t*>(weight.data());
-    const size_t size = weight.size(0) - kNameBytes;
-    const char* const name = reinterpret_cast<const char*>(bytes + size);
-    const auto it =
-        std::find(kFormatNames.begin(), kFormatNames.end(), std::string_view(name, strnlen(name, kNameBytes)));
-    if (it == kFormatNames.end()) throw std::invalid_argument("weight does not end in the name of a format");
-    const auto format = static_cast<Format>(it - kFormatNames.begin());
-    const size_t panels = panels_of(n) * panel_bytes(format, tiles_of(k));
-    if (n == 0 || k == 0 || size != panels + (has_scales(format) ? panels_of(n) * sizeof(float) : 0))
-        throw std::invalid_argument("weight is not that of " + std::to_string(n) + " outputs and " + std::to_string(k) +
-                                    " inputs in " + std::string(*it));
-    return {format, n, k, bytes, has_scales(format) ? reinterpret_cast<const float*>(bytes + panels) : nullptr};
-}
 
 // What this process computes with.
 struct Means {
@@ -162,6 +131,11 @@ Means means_of(TF_OpKernelContext* context) {
     return means;
 }
 
+MatrixView matrix_of(const Input& weight, size_t n, size_t k) {
+    if (weight.rank() != 1) throw std::invalid_argument("weight must be (bytes,)");
+    return matrix_in(static_cast<const uint8_t*>(weight.data()), weight.size(0), n, k);
+}
+
 void linear(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
     const Input x(context, 0, status), weight(context, 1, status), bias(context, 2, status);
     const int rank = x.rank(), bias_rank = bias.rank();
@@ -172,7 +146,7 @@ void linear(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
     const size_t k = x.size(rank - 1), n = bias.size(bias_rank - 1);
     const MatrixView w = matrix_of(weight, n, k);
 
-    const NumberType type = number_type(x.type());
+    const NumberType type = number_type_of(x.type());
     std::vector<int64_t> dims;
     size_t m = 1;
     for (int i = 0; i + 1 < rank; ++i) {
@@ -181,10 +155,10 @@ void linear(TF_OpKernelContext* context, const Owned<TF_Status>& status) {
     }
     dims.push_back(static_cast<int64_t>(n));
     const Output y(context, x.type(), dims.data(), rank, m * n * (type == NumberType::f32 ? 4 : 2), status);
-    last_weight.store(w.panels, std::memory_order_relaxed);
+    note_tensorflow_weight(w.panels);
     const Means means = means_of(context);
     matmul({w, x.data(), type, m, k, has_bias ? bias.data() : nullptr,
-            has_bias ? number_type(bias.type()) : NumberType::f32, y.data(), type},
+            has_bias ? number_type_of(bias.type()) : NumberType::f32, y.data(), type},
            means.isa, own_crew(), means.n_threads);
 }
 
@@ -280,6 +254,38 @@ void find_tensorflow(const std::string& library) {
 #undef FOURFOLD_FIND
     tf = found;
 }
+
+const TensorFlow& tensorflow_api() { return tf; }
+
+MatrixView matrix_in(const uint8_t* bytes, size_t n_bytes, size_t n, size_t k) {
+    if (n_bytes < kNameBytes) throw std::invalid_argument("weight must be (bytes,)");
+    const size_t size = n_bytes - kNameBytes;
+    const char* const name = reinterpret_cast<const char*>(bytes + size);
+    const auto it =
+        std::find(kFormatNames.begin(), kFormatNames.end(), std::string_view(name, strnlen(name, kNameBytes)));
+    if (it == kFormatNames.end()) throw std::invalid_argument("weight does not end in the name of a format");
+    const auto format = static_cast<Format>(it - kFormatNames.begin());
+    const size_t panels = panels_of(n) * panel_bytes(format, tiles_of(k));
+    if (n == 0 || k == 0 || size != panels + (has_scales(format) ? panels_of(n) * sizeof(float) : 0))
+        throw std::invalid_argument("weight is not that of " + std::to_string(n) + " outputs and " + std::to_string(k) +
+                                    " inputs in " + std::string(*it));
+    return {format, n, k, bytes, has_scales(format) ? reinterpret_cast<const float*>(bytes + panels) : nullptr};
+}
+
+NumberType number_type_of(TF_DataType type) {
+    switch (type) {
+        case TF_FLOAT:
+            return NumberType::f32;
+        case TF_HALF:
+            return NumberType::f16;
+        case TF_BFLOAT16:
+            return NumberType::bf16;
+        default:
+            throw std::invalid_argument("numbers must be float32, float16 or bfloat16");
+    }
+}
+
+void note_tensorflow_weight(const void* weight) { last_weight.store(weight, std::memory_order_relaxed); }
 
 uintptr_t last_tensorflow_weight() { return reinterpret_cast<uintptr_t>(last_weight.load(std::memory_order_relaxed)); }
 

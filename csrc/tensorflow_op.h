@@ -15,8 +15,12 @@
 // N stands in the shape of an argument, an empty one if need be, because a shape function written in C can read shapes
 // but no attribute that is a number; so y's shape is known before anything is computed.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <string>
+
+#include "matmul.h"
+#include "tensorflow_api.h"
 
 namespace fourfold {
 
@@ -24,8 +28,19 @@ namespace fourfold {
 // what is missing.
 void find_tensorflow(const std::string& library);
 
-// The address of the weight that FourfoldLinear last computed with.
+// What was found. Every pointer is null before that.
+const TensorFlow& tensorflow_api();
+
+// The matrix (n, k) that lies in a weight's bytes, as above. Throws std::invalid_argument where they are not those of
+// one: the kernels read by address.
+MatrixView matrix_in(const uint8_t* bytes, size_t n_bytes, size_t n, size_t k);
+
+// float32, float16 or bfloat16. Throws std::invalid_argument for another type.
+NumberType number_type_of(TF_DataType type);
+
+// The address of the weight that FourfoldLinear, or what stands for it (tensorflow_direct.h), last computed with.
 uintptr_t last_tensorflow_weight();
+void note_tensorflow_weight(const void* weight);
 
 }  // namespace fourfold
 

@@ -88,6 +88,7 @@ NATIVE_FLOORS = (
     ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("matmul", "program", "ops", "ops_linear", "ops_attention", "ops_streamed"),
     ("tensorflow_op", "tensorflow_library"),
+    ("tensorflow_direct",),
     (
         *("names", "bindings", "bind_kernels", "bind_machine", "bind_matmul", "bind_pack", "bind_probe"),
         *("bind_program", "bind_tensorflow"),

@@ -543,3 +543,37 @@ def find_tensorflow(library: str) -> None:
 
 def last_tensorflow_weight() -> int:
     """The address of the weight that FourfoldLinear last computed with."""
+
+def find_tensorflow_eager(library: str) -> bool:
+    """
+    Finds what DirectProduct needs in the library of TensorFlow's Python; False where something is missing.
+    """
+
+class DirectProduct:
+    """
+    FourfoldLinear of one weight on eager tensors, past TensorFlow's dispatcher.
+    """
+
+    def __init__(
+        self,
+        context: object,
+        weight: object,
+        bias: object | None,
+        bias_type: int,
+        watched: object | None,
+        type: int,
+        input_axes: Sequence[int],
+        output_axes: Sequence[int],
+        x_axes: int,
+        threads: int,
+    ) -> None:
+        """
+        `context`: the capsule of TensorFlow's; `weight`, `bias`: handles of variables; `watched`: the bias'
+        variable where it can be trained; types as TensorFlow numbers them; `x_axes` 0 for any; `threads` 0 for all.
+        """
+
+    def __call__(self, x: object) -> object:
+        """
+        y, a new eager tensor. None where the op is to compute it: a gradient is recorded, execution is
+        asynchronous, x is not as it should be.
+        """

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed: `make frameworks`")
     keras = pytest.importorskip("keras", reason="Keras is not installed: `make frameworks`")
 
-from fourfold.tensorflow import quantize
+from fourfold.tensorflow import ops, quantize
 
 layers = keras.layers
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -31,6 +31,11 @@ def dense(k: int = 100, n: int = 50, fmt: str = "nf4", **how: Any) -> Any:
 
 def numbers(*shape: int, dtype: str = "float32") -> Any:
     return tf.cast(tf.random.normal(shape), dtype)
+
+
+def of_op(layer: Any, x: Any) -> Any:
+    """What the op gives for a layer's product, whoever else would compute it."""
+    return ops.linear(x, layer.weight.value, layer.bias_or_none())
 
 
 def small_model() -> Any:

@@ -10,14 +10,16 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+import fourfold._core as _core
 from fourfold.config import WeightFormat
 from fourfold.errors import UserError
 from fourfold.matrix import QuantizedMatrix, check_format
-from fourfold.tensorflow import ops, stored
+from fourfold.tensorflow import direct, ops, stored
 from fourfold.tensorflow.equation import Product, plain_product
 
 COMPUTE_TYPES = {name: getattr(tf, name) for name in ("float32", "float16", "bfloat16")}
 EAGER = type(tf.constant(0))
+UNCHANGED = (None, keras.activations.linear)  # activations that give what they are given
 
 
 class Packed(keras.layers.Layer):
@@ -49,6 +51,11 @@ class Packed(keras.layers.Layer):
         with tf.init_scope():
             return stored.format_named(as_bytes(self.weight)[-stored.NAME_BYTES :])
 
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The sizes of the output's last axes, whose product is N."""
+        return (self.outputs,)
+
     def hold(
         self, outputs: int, input_axes: tuple[int, ...], n_axes: int | None, matrix: QuantizedMatrix | None = None
     ) -> None:
@@ -71,18 +78,40 @@ class Packed(keras.layers.Layer):
             joined = stored.join(matrix)
         start = {"initializer": lambda *_, **__: _as_tensor(joined), "trainable": False}
         self.weight = self.add_weight(name="weight", shape=joined.shape, dtype="uint8", **start)
-        # Whether a tensor of the right type may go straight to the kernel: Keras would do nothing about it.
-        self._is_direct = self.activity_regularizer is None and self.compute_dtype == self.variable_dtype
-        self._compute_type = COMPUTE_TYPES[self.compute_dtype]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Keras' own way to `call` takes half as long as a kernel of 4096 × 4096; an eager tensor can do without."""
-        if len(args) == 1 and not kwargs and type(args[0]) is EAGER and self.built and self._is_direct:
-            x = args[0]
-            is_plain = x.dtype is self._compute_type and getattr(x, "_keras_mask", None) is None
-            if is_plain and self._takes(tuple(x.shape)):
+        """Keras' own way to `call` takes half as long as a kernel of 4096 × 4096; an eager tensor can do without.
+
+        Where nothing follows it, it can do without TensorFlow's dispatcher, too.
+        """
+        if len(args) == 1 and not kwargs and type(args[0]) is EAGER and self.built:
+            x, own = args[0], self.__dict__
+            product, plain_type = own.get("_ways") or self._find_ways()
+            y = product(x) if product is not None and direct.is_unwatched() else None
+            if y is not None:
+                return y if self.activation in UNCHANGED else self.activation(y)
+            is_plain = x.dtype is plain_type and getattr(x, "_keras_mask", None) is None
+            if is_plain and self._takes(tuple(x.shape)) and direct.is_outside_autocast():
                 return self.call(x)
         return super().__call__(*args, **kwargs)
+
+    def _find_ways(self) -> tuple[_core.DirectProduct | None, tf.DType | None]:
+        """Ways around Keras, as long as no attribute changes: what multiplies past TensorFlow, too, if anything does,
+        and the type of tensors that may go straight to `call`, because Keras would do nothing about them."""
+        is_ours = type(self) in PLAIN.values() and "call" not in self.__dict__
+        is_plain = self.activity_regularizer is None and self.compute_dtype == self.variable_dtype
+        plain_type = COMPUTE_TYPES.get(self.compute_dtype) if is_plain else None
+        ways = self.__dict__["_ways"] = direct.product_of(self) if is_ours else None, plain_type
+        return ways
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get(name, UNCHANGED) is not value:  # Keras sets some at every call to what they are
+            self.__dict__.pop("_ways", None)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__.pop("_ways", None)
+        super().__delattr__(name)
 
     def _bias(self, shape: tuple[int, ...]) -> keras.Variable | None:
         how = {"initializer": self.bias_initializer, "regularizer": self.bias_regularizer}
@@ -131,6 +160,7 @@ class Packed(keras.layers.Layer):
                 raise UserError(f"a bias is {'missing' if self.bias is not None else 'stored that the layer has not'}")
         except UserError as error:
             raise UserError(f"{self.name} cannot be loaded: {error}") from None
+        self.__dict__.pop("_ways", None)  # a product holds the weights that it read
         self.weight.assign(_as_tensor(stored.join_parts(parts)))
         if self.bias is not None:
             self.bias.assign(store["bias"])

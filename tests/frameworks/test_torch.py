@@ -70,7 +70,7 @@ def test_rows_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
         real(*args)
 
     monkeypatch.setattr(fourfold.torch.ops._core, "matmul", matmul)
-    made, x = Linear.from_float(float_linear()), torch.randn(4, 3, 100)  # a few rows, which one kernel multiplies however many
+    made, x = Linear.from_float(float_linear()), torch.randn(4, 3, 100)  # few rows: all numbers of them by one kernel
     expected = made(x)
     assert torch.equal(made(x[:, -1]), expected[:, -1])  # rows apart: the last token of each text
     assert torch.equal(made(x.transpose(0, 1)), expected.transpose(0, 1))

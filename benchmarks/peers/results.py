@@ -86,7 +86,9 @@ def read(path: Path, machine: Mapping[str, Any] | None = None) -> Results:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} is not a file of results ({error}): delete it, or name another") from None
     if machine is not None and results.machine != dict(machine):
-        raise UserError(f"{path} holds results of {results.machine}, not of {dict(machine)}: delete it, or give another --cache")
+        raise UserError(
+            f"{path} holds results of {results.machine}, not of {dict(machine)}: delete it, or give another --cache"
+        )
     return results
 
 

@@ -23,8 +23,7 @@ class Crew {
   public:
     virtual ~Crew() = default;
     // Calls job(i) for every i < n, the caller job(0) and perhaps others, and returns when all are done. Callers take
-    // turns.
-    // Threads compute with our arithmetic (arithmetic.h); the caller computes with its own.
+    // turns. Threads compute with our arithmetic (arithmetic.h); the caller computes with its own.
     virtual void run(size_t n, Job job) = 0;
 };
 

@@ -55,9 +55,9 @@ struct U8Tile {
 // Activations that come in bands of several rows, a band tile by tile.
 struct Bands {
     size_t rows, tile_bytes, unit;
-    // From one band to the next: an odd number of units, which the same 512 inputs of many bands, which kernels take
-    // together, fill evenly as they do a second-level cache (2,048 sets of lines: 128 KB). If bands lay as far apart as
-    // K demands, those of bf16 at K = 8192 would share an eighth of it.
+    // From one band to the next: an odd number of units. The same 512 inputs of many bands, which kernels take together,
+    // then fill a second-level cache evenly (2,048 sets of lines: 128 KB). If bands lay as far apart as K demands, those
+    // of bf16 at K = 8192 would share an eighth of it.
     constexpr size_t bytes(size_t k_tiles) const { return ((k_tiles * tile_bytes + unit - 1) / unit | 1) * unit; }
 };
 constexpr Bands kBf16Bands = {16, 16 * kTileK * 2, 8192}, kU8Bands = {U8Tile::kRows, sizeof(U8Tile), 2048};

@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t kBlockTiles = 8;  // 512 inputs
 constexpr size_t kRows = U8Tile::kRows;
-constexpr size_t kRowsOfFew = 48;
+constexpr size_t kRowsOfFew = 48;              // up to which all inputs of x stay in the cache
 constexpr size_t kSteps = U8Tile::kBlock / 4;  // vectors of weights that a block of x meets
 
 // A tile of a panel, ready to be multiplied.

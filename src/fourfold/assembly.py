@@ -27,7 +27,7 @@ class Assembly:
         team: Any,
         builder: ProgramBuilder,
         stored: FourfoldDirectory,
-        file: Any,
+        file: _core.ReadFile,
         residency: Residency,
         report: Report | None,
     ) -> None:
@@ -38,7 +38,7 @@ class Assembly:
         self._place, buffers = assign_buffers(builder.ops, builder.activations)
         self._buffers: list[int] = [program.add_buffer(b.cut.widths, b.of_outputs) for b in buffers]
         self._weights: dict[str, int] = {}
-        self._file = file  # a native ReadFile of the weights
+        self._file = file  # of the weights
 
     def run(self) -> None:
         for op in self._builder.ops:

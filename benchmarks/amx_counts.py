@@ -33,7 +33,7 @@ KERNELS = (
     / "CMakeFiles/_core.dir/csrc/kernels"
 )
 MCA = ("llvm-mca-19", "llvm-mca")
-OBJECTS = ("linear_amx", "attention_amx", "linear_avx512_i16")
+OBJECTS = ("linear_amx", "attention_amx", "linear_avx512")
 FREE = Cost(1, 1, ())
 MOST_INSTRUCTIONS = 3_000_000
 # Kinds of steps and micro-operations, which are assumed.

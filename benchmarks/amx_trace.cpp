@@ -106,11 +106,6 @@ void run_attention(const AttendKernel& kernel, size_t rows, size_t n, size_t d) 
 
 }  // namespace
 
-namespace fourfold {
-template <Format F>
-void linear_i16_avx512(const LinearArgs&);
-}
-
 int main(int argc, char** argv) {
     if (argc != 7) return 2;
     const std::string name = argv[1];
@@ -118,15 +113,11 @@ int main(int argc, char** argv) {
     const size_t k = std::strtoul(argv[4], nullptr, 10);
     limit = std::strtoul(argv[5], nullptr, 10), file = argv[6];
     records = reinterpret_cast<Record*>(memory(limit * sizeof(Record)));
-    for (const LinearKernel& kernel : linear_rows_amx())
-        if (kernel.name == name) run_linear(kernel, m, n, k);
+    for (const auto rows : {linear_rows_amx(), linear_rows_avx512()})
+        for (const LinearKernel& kernel : rows)
+            if (kernel.name == name) run_linear(kernel, m, n, k);
     for (const AttendKernel& kernel : attend_rows_amx())
         if (kernel.name == name) run_attention(kernel, m, n, k);
-    if (name == "linear_nf4_i16_avx512") {
-        LinearKernel kernel = linear_rows_amx()[0];
-        kernel.format = Format::nf4, kernel.run = linear_i16_avx512<Format::nf4>;
-        run_linear(kernel, m, n, k);
-    }
     std::fprintf(stderr, "no kernel is called %s\n", name.c_str());
     return 2;
 }

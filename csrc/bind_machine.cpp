@@ -29,6 +29,7 @@ void bind_machine(nb::module_& m) {
     nb::class_<Machine>(m, "Machine")
         .def_ro("model", &Machine::model)
         .def_ro("has_avx2", &Machine::has_avx2)
+        .def_ro("has_avx512_vnni", &Machine::has_avx512_vnni)
         .def_ro("has_avx512", &Machine::has_avx512)
         .def_ro("has_amx", &Machine::has_amx)
         .def_ro("amx_is_present", &Machine::amx_is_present)

@@ -7,8 +7,9 @@ set(FLAGS_everywhere -O3 -Wall -Wextra -ffp-contract=off -fno-math-errno)
 # so that detection runs anywhere.
 set(FLAGS_scalar -fno-tree-vectorize)
 set(FLAGS_avx2 -mavx2 -mfma -mf16c)
-set(FLAGS_avx512 ${FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16
+set(FLAGS_avx512_vnni ${FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni
     -mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized) # gcc 12 warns of its own intrinsics
+set(FLAGS_avx512 ${FLAGS_avx512_vnni} -mavx512vbmi -mavx512bf16)
 set(FLAGS_amx ${FLAGS_avx512} -mamx-tile -mamx-bf16 -mamx-int8)
 
 # Adds files of an instruction set to ${ISA_TARGET}.

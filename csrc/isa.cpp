@@ -47,15 +47,16 @@ CpuFeatures read_cpuid() {
     const bool fma = bit(c, 12), osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
     if (!osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
     const bool avx2 = bit(b, 5);
-    const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31)  // F, DQ, BW, VL
-                        && bit(c, 1) && bit(c, 11);                           // VBMI, VNNI
-    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);                  // BF16, TILE, INT8
-    const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);   // AVX-512 BF16
+    const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+    const bool vbmi = bit(c, 1), vnni = bit(c, 11);
+    const bool amx = bit(d, 22) && bit(d, 24) && bit(d, 25);                 // BF16, TILE, INT8
+    const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);  // AVX-512 BF16
 
     const uint64_t states = saved_states();
     const auto saved = [states](uint64_t mask) { return (states & mask) == mask; };
-    found.avx2 = avx && fma && f16c && avx2 && saved(0x6);       // XMM, YMM
-    found.avx512 = found.avx2 && avx512 && bf16 && saved(0xe6);  // and the masks, ZMM 0-15 upper halves, ZMM 16-31
+    found.avx2 = avx && fma && f16c && avx2 && saved(0x6);            // XMM, YMM
+    found.avx512_vnni = found.avx2 && avx512 && vnni && saved(0xe6);  // and the masks, ZMM 0-15 upper halves, ZMM 16-31
+    found.avx512 = found.avx512_vnni && vbmi && bf16;
     found.amx_is_present = amx;
     found.amx = found.avx512 && amx && saved(0x60000) && ask_for_tiles();  // and TILECFG, TILEDATA
     return found;
@@ -69,8 +70,8 @@ CpuFeatures parse_cpu_flags(const std::vector<std::string>& flags) {
     };
     CpuFeatures found;
     found.avx2 = all({"avx2", "fma", "f16c"});
-    found.avx512 =
-        found.avx2 && all({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16"});
+    found.avx512_vnni = found.avx2 && all({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"});
+    found.avx512 = found.avx512_vnni && all({"avx512vbmi", "avx512_bf16"});
     found.amx_is_present = all({"amx_tile", "amx_bf16", "amx_int8"});
     found.amx = found.avx512 && found.amx_is_present;
     return found;
@@ -79,6 +80,7 @@ CpuFeatures parse_cpu_flags(const std::vector<std::string>& flags) {
 std::vector<Isa> available_isas(const Machine& machine) {
     std::vector<Isa> isas = {Isa::scalar};
     if (machine.has_avx2) isas.push_back(Isa::avx2);
+    if (machine.has_avx512_vnni) isas.push_back(Isa::avx512_vnni);
     if (machine.has_avx512) isas.push_back(Isa::avx512);
     if (machine.has_amx) isas.push_back(Isa::amx);
     return isas;

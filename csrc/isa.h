@@ -9,13 +9,14 @@
 namespace fourfold {
 
 enum class Isa : uint8_t {
-    scalar,  // any x86-64; the definition of correct
-    avx2,    // AVX2, FMA, F16C
-    avx512,  // AVX-512 F, BW, DQ, VL, VBMI, VNNI, BF16
-    amx,     // AMX TILE, BF16, INT8, and the operating system's leave to use the tiles
+    scalar,       // any x86-64; the definition of correct
+    avx2,         // AVX2, FMA, F16C
+    avx512_vnni,  // AVX-512 F, BW, DQ, VL, VNNI: Cascade Lake, Cooper Lake, Ice Lake
+    avx512,       // and VBMI, BF16: Zen 4, Sapphire Rapids
+    amx,          // AMX TILE, BF16, INT8, and the operating system's leave to use the tiles
 };
-constexpr int kIsas = 4;
-constexpr std::array<std::string_view, kIsas> kIsaNames = {"scalar", "avx2", "avx512", "amx"};
+constexpr int kIsas = 5;
+constexpr std::array<std::string_view, kIsas> kIsaNames = {"scalar", "avx2", "avx512_vnni", "avx512", "amx"};
 
 constexpr std::string_view to_string(Isa isa) { return kIsaNames[static_cast<size_t>(isa)]; }
 

@@ -147,6 +147,7 @@ Machine read_machine(const std::string& root) {
                               ? read_cpuid()
                               : parse_cpu_flags(split_words(files.field("/proc/cpuinfo", "flags").value_or("")));
     machine.has_avx2 = features.avx2;
+    machine.has_avx512_vnni = features.avx512_vnni;
     machine.has_avx512 = features.avx512;
     machine.has_amx = features.amx;
     machine.amx_is_present = features.amx_is_present;

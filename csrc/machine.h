@@ -32,6 +32,7 @@ struct Machine {
     std::string model;  // "Intel(R) Xeon(R) Gold 6448H"; empty where the kernel does not say
     // Each is set only where the operating system saves its registers, and implies the one before it.
     bool has_avx2;
+    bool has_avx512_vnni;
     bool has_avx512;
     bool has_amx;         // granted: reading the machine asks for the permission, once for the whole process
     bool amx_is_present;  // the silicon has it, granted or not
@@ -65,7 +66,7 @@ Machine read_machine(const std::string& root = "/");
 
 // What a CPU offers, each level including the one before it.
 struct CpuFeatures {
-    bool avx2 = false, avx512 = false, amx = false;  // usable: registers saved, tiles granted
+    bool avx2 = false, avx512_vnni = false, avx512 = false, amx = false;  // usable: registers saved, tiles granted
     bool amx_is_present = false;
 };
 CpuFeatures read_cpuid();                                            // of this CPU; asks for the tiles

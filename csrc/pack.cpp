@@ -94,7 +94,8 @@ size_t first_non_finite(GatherFn gather, const uint8_t* rows, size_t row_bytes, 
     return n;
 }
 
-constexpr PackPanelFn kPackPanel[kIsas] = {pack_panel_scalar, pack_panel_avx2, pack_panel_avx512, pack_panel_avx512};
+constexpr PackPanelFn kPackPanel[kIsas] = {pack_panel_scalar, pack_panel_avx2, pack_panel_avx512, pack_panel_avx512,
+                                           pack_panel_avx512};
 
 }  // namespace
 

@@ -136,7 +136,7 @@ uint64_t filled_sum(size_t n_bytes) {
 ReadBandwidth measure_read_bandwidth(const Machine& machine, const std::vector<int>& cpus, int64_t n_bytes,
                                      int n_repeats) {
     check_repeats(n_repeats);
-    const ReadProbe& probe = machine.has_avx512 ? kReadAvx512 : machine.has_avx2 ? kReadAvx2 : kReadScalar;
+    const ReadProbe& probe = machine.has_avx512_vnni ? kReadAvx512 : machine.has_avx2 ? kReadAvx2 : kReadScalar;
     const size_t share_bytes = share(machine, cpus, n_bytes);
     const auto memory = parts(cpus.size(), share_bytes);
     const uint64_t expected = filled_sum(share_bytes);

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 AVX2 = "fpu sse2 avx fma f16c avx2"
-AVX512 = AVX2 + " avx512f avx512dq avx512bw avx512vl avx512vbmi avx512_vnni avx512_bf16"
+AVX512_VNNI = AVX2 + " avx512f avx512dq avx512bw avx512vl avx512_vnni"
+AVX512 = AVX512_VNNI + " avx512vbmi avx512_bf16"
 AMX = AVX512 + " amx_bf16 amx_tile amx_int8"
 GB = 1_000_000_000
 

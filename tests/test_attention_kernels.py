@@ -245,7 +245,7 @@ def test_int8_stores_what_is_next_to_nothing_as_nothing(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "f32"])
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512_vnni", "avx512", "amx"])
 def test_the_table_chooses_these_rows(isa: str, kv: str) -> None:
     plain = f"attend_{kv}_{'avx512' if isa == 'amx' else isa}"
     tiled = f"attend_{kv}_amx" if isa == "amx" and kv != "f32" else plain

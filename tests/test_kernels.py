@@ -268,6 +268,13 @@ def test_byte_tiles_give_the_bits_of_the_vector_kernel(fmt: str, tiles_of: str) 
         assert (run(f"linear_{fmt}_i16_{tiles_of}", x, matrix) == run(f"linear_{fmt}_i16_avx512", x, matrix)).all()
 
 
+@pytest.mark.parametrize("name", [name for name in ROWS if name.endswith("_avx512_vnni")])
+def test_avx512_has_the_same_bits_with_vnni_alone(name: str) -> None:
+    for m, n, k in ((1, 80, 700), (5, 40, 320), (17, 40, 576)):
+        matrix, x = some_matrix(ROWS[name]["format"], n, k), some_rows(m, k)
+        assert (run(name, x, matrix) == run(name.removesuffix("_vnni"), x, matrix)).all()
+
+
 @pytest.mark.parametrize("tiles_of", ["amx_emulated", "amx"])
 def test_i16_tiles_in_parts_where_factors_do_not_fit_in_scratch(tiles_of: str) -> None:
     m, n, k = 35, 16, 64 * 5075  # room for 16 tokens' factors in 5,072 tiles
@@ -290,13 +297,16 @@ def test_tokens_outputs_and_inputs_beyond_one_block_of_tiles(name: str, shape: t
 SCALED = {
     "scalar": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_scalar"},
     "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
+    "avx512_vnni": {(1, 8, 9, 12): "linear_{}_i16_avx512_vnni", (13, 16, 512): "linear_{}_u8_avx512_vnni"},
     "avx512": {(1, 8, 9, 12): "linear_{}_i16_avx512", (13, 16, 512): "linear_{}_u8_avx512"},
     "amx": {(1, 3): "linear_{}_i16_avx512", (4, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
 }
 INT8 = SCALED | {
+    "avx512_vnni": {(1, 8, 9, 16, 17, 512): "linear_{}_i16_avx512_vnni"},
     "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
 }
 BF16 = SCALED | {
+    "avx512_vnni": {(1, 8, 9, 512): "linear_{}_f32_avx512_vnni"},
     "avx512": {(1, 8): "linear_{}_f32_avx512", (9, 512): "linear_{}_bf16_avx512"},
     "amx": {(1, 8): "linear_{}_f32_avx512", (9, 16): "linear_{}_bf16_avx512", (17, 512): "linear_{}_bf16_amx"},
 }

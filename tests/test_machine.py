@@ -21,6 +21,7 @@ from machine_fixtures import (
     AMX,
     AVX2,
     AVX512,
+    AVX512_VNNI,
     GB,
     container_v1,
     container_v2,
@@ -34,7 +35,7 @@ from machine_fixtures import (
 def test_a_virtual_machine_is_one_node_of_plain_cores(tmp_path: Path) -> None:
     machine = read_machine(str(write_machine(tmp_path, cores_per_socket=8, model="Virtual CPU")))
     assert machine.model == "Virtual CPU"
-    assert machine.isas == ["scalar", "avx2", "avx512"]
+    assert machine.isas == ["scalar", "avx2", "avx512_vnni", "avx512"]
     assert (machine.n_sockets, machine.cores) == (1, [[cpu] for cpu in range(8)])
     assert [node.usable_cpus for node in machine.nodes] == [list(range(8))]
     assert machine.n_threads == 8
@@ -187,10 +188,12 @@ def test_a_root_without_sys_and_proc_is_refused(tmp_path: Path) -> None:
         ("fpu sse2 avx avx2 fma", ["scalar"]),
         (AVX2, ["scalar", "avx2"]),
         (AVX512.replace("avx512_vnni", ""), ["scalar", "avx2"]),
-        (AVX512, ["scalar", "avx2", "avx512"]),
-        (AMX.replace("amx_int8", ""), ["scalar", "avx2", "avx512"]),
-        (AMX.replace("avx512_bf16", ""), ["scalar", "avx2"]),
-        (AMX, ["scalar", "avx2", "avx512", "amx"]),
+        (AVX512_VNNI, ["scalar", "avx2", "avx512_vnni"]),
+        (AVX512, ["scalar", "avx2", "avx512_vnni", "avx512"]),
+        (AMX.replace("amx_int8", ""), ["scalar", "avx2", "avx512_vnni", "avx512"]),
+        (AVX512.replace("avx512vbmi", ""), ["scalar", "avx2", "avx512_vnni"]),
+        (AMX.replace("avx512_bf16", ""), ["scalar", "avx2", "avx512_vnni"]),
+        (AMX, ["scalar", "avx2", "avx512_vnni", "avx512", "amx"]),
     ],
 )
 def test_an_isa_needs_all_of_its_flags_and_the_isa_before_it(tmp_path: Path, flags: str, isas: list[str]) -> None:
@@ -214,8 +217,9 @@ def test_fourfold_isa_forces_a_level_and_empty_means_the_best(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "forced", "reason"),
     [
-        (AVX512, "avx9", "FOURFOLD_ISA=avx9 is no instruction set: choose one of scalar, avx2, avx512, or unset it"),
-        (AVX512, "amx", "this CPU does not have it: choose one of scalar, avx2, avx512, or unset it"),
+        (AVX2, "avx9", "FOURFOLD_ISA=avx9 is no instruction set: choose one of scalar, avx2, or unset it"),
+        (AVX512_VNNI, "avx512", "this CPU does not have it: choose one of scalar, avx2, avx512_vnni, or unset it"),
+        (AVX512, "amx", "this CPU does not have it: choose one of scalar, avx2, avx512_vnni, avx512, or unset it"),
         (f"{AVX2} amx_tile amx_bf16 amx_int8", "amx", "the operating system does not grant it"),
     ],
 )

@@ -27,8 +27,13 @@ constexpr float units(Format f) {
     }
 }
 
+// The furthest that a codebook's bytes are from it, of the scale.
+constexpr float byte_error(Format f) {
+    return f == Format::nf4 ? 0.5f / units(f) : f == Format::fp4_bnb ? 0.375f / units(f) : 0.0f;
+}
+
 // The bytes round(units * codebook) + 128 of the 16 codes (uint4's are not signed: they stay as they are), four times
-// over: vpermb reads 6 bits of an index, so neither nibble needs a mask.
+// over, as both permutes below want it.
 template <Format F>
 inline __m512i byte_table() {
     alignas(64) static constexpr auto kTable = [] {
@@ -105,8 +110,14 @@ inline void group_to_bytes(const uint8_t* at, __m512i table, __m512i& first, __m
         second = _mm512_xor_si512(load64(at + 64), to_unsigned);
     } else {
         const __m512i v = load64(at);
+#if defined(__AVX512VBMI__)  // vpermb reads 6 bits of an index, so neither nibble needs a mask
         first = _mm512_permutexvar_epi8(v, table);
         second = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), table);
+#else
+        const __m512i nibble = _mm512_set1_epi8(15);
+        first = _mm512_shuffle_epi8(table, _mm512_and_si512(v, nibble));
+        second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble));
+#endif
     }
 }
 

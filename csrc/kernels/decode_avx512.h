@@ -56,6 +56,7 @@ inline __m512 bf16_odd(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 
+#if defined(__AVX512BF16__)
 // Lane n of the result is the bfloat16 pair (even[n], odd[n]), each rounded to nearest even.
 inline __m512i bf16_pairs(__m512 even, __m512 odd) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
@@ -90,6 +91,7 @@ inline void group_to_bf16(const uint8_t* codes, const TileUnits& units, size_t g
         to[3] = pair(nibble<F, 3>(table, v, units.zero), nibble<F, 7>(table, v, units.zero));
     }
 }
+#endif
 
 // Calls f(number of rows, first row) over M rows in blocks of 8, 4, 2 and 1; the number is a compile-time constant.
 template <class F>

@@ -38,9 +38,32 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+#if defined(__AVX512BF16__)
+inline __m512 add_pairs(__m512 sum, __m512i pairs, __m512i x) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(x));
+}
+inline __m512i bf16_words(const float* x) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x)));
+}
+#else
+inline __m512 add_pairs(__m512 sum, __m512i pairs, __m512i x) {
+    const auto even = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
+    const auto odd = [](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(~0xFFFF))); };
+    return _mm512_fmadd_ps(odd(pairs), odd(x), _mm512_fmadd_ps(even(pairs), even(x), sum));
+}
+inline __m512i bf16_words(const float* x) {
+    const auto nearest = [](__m512 v) {  // as to_bf16
+        const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+        const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+        const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+        return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet));
+    };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(nearest(load(x))), nearest(load(x + 16)), 1);
+}
+#endif
 inline Vec add_pairs(Vec sum, const uint32_t* p, uint32_t x) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)),
-                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x))));
+    return add_pairs(sum, _mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(x)));
 }
 inline Vec load_int8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -56,14 +79,11 @@ inline Vec load_bf16(const uint16_t* p) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
 }
-inline void store_bf16(void* to, const float* x) {
-    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x))));
-}
+inline void store_bf16(void* to, const float* x) { _mm512_storeu_si512(to, bf16_words(x)); }
 inline void store_pair_order(uint16_t* to, const float* x) {
-    const __m512i words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(x + 16), load(x)));
     static_assert(kPairOrder == std::array<uint8_t, 8>{0, 2, 4, 6, 1, 3, 5, 7});
     const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-    _mm512_storeu_si512(to, _mm512_shuffle_epi8(words, _mm512_broadcast_i32x4(order)));
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(bf16_words(x), _mm512_broadcast_i32x4(order)));
 }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }

@@ -1,5 +1,5 @@
 // linear, AMX INT8, 16-bit fixed-point activations: the scaled formats, a few tokens; included once over the tile unit
-// and once over its emulation. The integers of linear_avx512_i16.cpp, scaled and added in its order: the same bits.
+// and once over its emulation. The integers of linear_avx512_i16.inl, scaled and added in its order: the same bits.
 //
 //   tiles      0-1 and 2-3 sums of hi and of lo (up to 16 tokens x 16 outputs, int32), in turn; 4-5 x hi and lo
 //              (tokens x 64 inputs) as I16Row has them; 6-7 w as unsigned bytes (64 inputs x 16 outputs), in turn
@@ -11,7 +11,7 @@
 //              of 16 cycles, 32 rows of sums stored, 16 x 6 vector operations to scale: 60 cycles of two vector ports,
 //              48 of the store port, 32 of the tile unit. Decoding from memory at 15 GB/s a core leaves about 110.
 //              uint4: a product of 32-bit integers more a row, which is two operations: 76 cycles
-//   accuracy   as linear_avx512_i16.cpp
+//   accuracy   as linear_avx512_i16.inl
 
 // Of up to 16 tokens in one tile of inputs; see I16Row.
 struct Factors {

@@ -48,8 +48,9 @@ size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {
 }
 
 std::span<const LinearKernel> linear_kernels() {
-    static const auto rows = joined<LinearKernel>({linear_rows_amx(), linear_rows_avx512(), linear_rows_avx2(),
-                                                   linear_rows_scalar(), linear_rows_amx_emulated()});
+    static const auto rows =
+        joined<LinearKernel>({linear_rows_amx(), linear_rows_avx512(), linear_rows_avx512_vnni(), linear_rows_avx2(),
+                              linear_rows_scalar(), linear_rows_amx_emulated()});
     return rows;
 }
 
@@ -69,8 +70,9 @@ size_t most_packed_bytes(Format format, size_t m, size_t k_tiles) {
 }
 
 std::span<const AttendKernel> attend_kernels() {
-    static const auto rows = joined<AttendKernel>({attend_rows_amx(), attend_rows_avx512(), attend_rows_avx2(),
-                                                   attend_rows_scalar(), attend_rows_amx_emulated()});
+    static const auto rows =
+        joined<AttendKernel>({attend_rows_amx(), attend_rows_avx512(), attend_rows_avx512_vnni(), attend_rows_avx2(),
+                              attend_rows_scalar(), attend_rows_amx_emulated()});
     return rows;
 }
 
@@ -81,7 +83,9 @@ const AttendKernel& choose_attend(Isa isa, KvFormat format, size_t m, RowClass r
 const AttendKernel* find_attend(std::string_view name) { return find(attend_kernels(), name); }
 
 const RowKernels& row_kernels(Isa isa) {
-    return isa >= Isa::avx512 ? kRowsAvx512 : isa == Isa::avx2 ? kRowsAvx2 : kRowsScalar;
+    static constexpr const RowKernels* kOf[kIsas] = {&kRowsScalar, &kRowsAvx2, &kRowsAvx512Vnni, &kRowsAvx512,
+                                                     &kRowsAvx512};
+    return *kOf[static_cast<size_t>(isa)];
 }
 
 }  // namespace fourfold

@@ -49,7 +49,7 @@ Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stan
 Trace = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write a trace of every thread for Perfetto, and show a table.")
 ]
-Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512 or amx.")]
+Isa = Annotated[str | None, typer.Option(help="Force kernels: scalar, avx2, avx512_vnni, avx512 or amx.")]
 Attend = Annotated[str | None, typer.Option(help="Force a kernel of attention by its name.")]
 Repeats = Annotated[int | None, typer.Option(help="Measurements to take the median of.")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens: at once (prefill), or one after another (decode).")]

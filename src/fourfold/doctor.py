@@ -23,7 +23,8 @@ EVEN = 0.9  # of the largest node's cores: what is lost above goes unsaid
 _KERNELS = {
     "scalar": "plain C++: the definition of correct, and slow",
     "avx2": "AVX2 and FMA",
-    "avx512": "AVX-512 with VNNI and BF16",
+    "avx512_vnni": "AVX-512 with VNNI",
+    "avx512": "AVX-512 with VNNI, VBMI and BF16",
     "amx": "AMX tiles for many tokens, AVX-512 for a few",
 }
 

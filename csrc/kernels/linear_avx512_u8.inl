@@ -1,4 +1,5 @@
 // linear, AVX-512 VNNI, 8-bit activations: the 4-bit formats, many tokens, where there is no AMX.
+// Included once for each level of AVX-512, after bytes_avx512.h.
 //
 //   w becomes signed bytes s = round(F * codebook) (F: units()), x lies as low + step * code (U8Tile); within a tile
 //     sum_k x w  =  scale_w / F * sum over the blocks of x of (step * dot(code, s) + low * sum(s))
@@ -9,14 +10,9 @@
 //   registers  8 rows x 16 outputs: totals, a tile's sums, a block's integers
 //   bound      by the ports that multiply: per row and tile 16 vpdpbusd, 4 fma of steps and lows, 1 of the scale: 21,
 //              where bfloat16 takes 32
-//   accuracy   x: a 510th of the way from the least to the largest of 32; w: the codebook as in linear_avx512_i16.cpp
-#include <algorithm>
+//   accuracy   x: a 510th of the way from the least to the largest of 32; w: the codebook as in linear_avx512_i16.inl
 
-#include "kernels/bytes_avx512.h"
-#include "kernels/linear_rows.h"
-
-namespace fourfold {
-namespace {
+namespace of_u8 {
 
 constexpr size_t kBlockTiles = 8;  // 512 inputs
 constexpr size_t kRows = U8Tile::kRows;
@@ -135,17 +131,16 @@ void multiply_rows(const LinearArgs& a, size_t m0, size_t m1) {
         }
 }
 
-}  // namespace
-
 template <Format F>
-void linear_u8_avx512(const LinearArgs& a) {
+void linear(const LinearArgs& a) {
     static_assert(is_4bit(F));
     for (size_t m = 0; m < a.m; m += kMostRows) multiply_rows<F>(a, m, std::min(m + kMostRows, a.m));
 }
-template void linear_u8_avx512<Format::nf4>(const LinearArgs&);
-template void linear_u8_avx512<Format::int4>(const LinearArgs&);
-template void linear_u8_avx512<Format::fp4>(const LinearArgs&);
-template void linear_u8_avx512<Format::fp4_bnb>(const LinearArgs&);
-template void linear_u8_avx512<Format::uint4>(const LinearArgs&);
 
-}  // namespace fourfold
+}  // namespace of_u8
+
+template <Format F>
+constexpr LinearKernel u8_row(std::string_view name, Isa isa) {
+    // Half a step is at most a 255th of the block's largest.
+    return {name, isa, F, Activation::u8, 1, SIZE_MAX, of_u8::linear<F>, 0, byte_error(F), 0, 1.0f / 255};
+}

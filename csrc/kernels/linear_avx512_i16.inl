@@ -1,4 +1,5 @@
 // linear, AVX-512 VNNI, 16-bit fixed-point activations: the scaled formats, one token and a few. The decoding kernel.
+// Included once for each level of AVX-512, after bytes_avx512.h.
 //
 //   w becomes unsigned bytes u = round(F * codebook) + 128 (F: units()), x lies as 256 hi + lo (I16Row); within a tile
 //     sum_k x w  =  scale_x * scale_w / F * (256 * dot(u, hi) + dot(u, lo) - 128 * sum(256 hi + lo))
@@ -6,15 +7,12 @@
 //   in place of 128 its block's zero point is taken out, by one more product a row and tile; |zero * sum| <= 2^28.
 //
 //   lanes      the 16 outputs of a panel; one vpdpbusd sums 4 inputs of each
-//   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes, and per row 4 dot products;
-//              per tile (1,024 weights) the scale and 6 operations a row, and where the prefetches go.
+//   counts     per 128 weights 1 load, 2 prefetches, 1 shift, 2 byte permutes (2 masks too without VBMI), and per row
+//              4 dot products; per tile (1,024 weights) the scale and 6 operations a row, and where the prefetches go.
 //   bound      one token: memory. 8 + 8 + 16 + 32 = 64 vector operations a tile: at two a cycle 32 weights a cycle.
 //   accuracy   x: 2^-16 of the tile's largest; w: the rounded codebook, at most 0.5 / F of the scale (rms 0.3 % of w)
-#include "kernels/bytes_avx512.h"
-#include "kernels/linear_rows.h"
 
-namespace fourfold {
-namespace {
+namespace of_i16 {
 
 // Rows [m, m + ROWS) of x times panels [p, p + PANELS), which are walked together: as many streams for the memory, and
 // each broadcast of x serves them all.
@@ -85,10 +83,8 @@ void multiply(const LinearArgs& a, size_t p, size_t m) {
         for (size_t r = 0; r < ROWS; ++r) _mm512_storeu_ps(a.y + (m + r) * a.y_stride + (p + i) * kTileN, total[i][r]);
 }
 
-}  // namespace
-
 template <Format F>
-void linear_i16_avx512(const LinearArgs& a) {
+void linear(const LinearArgs& a) {
     // What is asked into L2 ahead of several panels is most of them: at most half of a small L2.
     constexpr size_t kRoom = 512 * 1024;
     const size_t stride = panel_bytes(F, a.k_tiles);
@@ -100,11 +96,10 @@ void linear_i16_avx512(const LinearArgs& a) {
     for (; p < a.n_panels; ++p)  // a panel stays in the cache while all rows pass
         by_rows(a.m, [&](auto rows, size_t m) { multiply<F, rows, 1>(a, p, m); });
 }
-template void linear_i16_avx512<Format::nf4>(const LinearArgs&);
-template void linear_i16_avx512<Format::int4>(const LinearArgs&);
-template void linear_i16_avx512<Format::fp4>(const LinearArgs&);
-template void linear_i16_avx512<Format::fp4_bnb>(const LinearArgs&);
-template void linear_i16_avx512<Format::uint4>(const LinearArgs&);
-template void linear_i16_avx512<Format::int8>(const LinearArgs&);
 
-}  // namespace fourfold
+}  // namespace of_i16
+
+template <Format F>
+constexpr LinearKernel i16_row(std::string_view name, Isa isa, size_t m_max) {
+    return {name, isa, F, Activation::i16, 1, m_max, of_i16::linear<F>, 0, byte_error(F), 0, 0.5f / 32512};
+}

@@ -296,7 +296,7 @@ def test_tokens_outputs_and_inputs_beyond_one_block_of_tiles(name: str, shape: t
 # bf16, where there is nothing to decode.
 SCALED = {
     "scalar": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_scalar"},
-    "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
+    "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_i16_avx2"},
     "avx512_vnni": {(1, 8, 9, 12): "linear_{}_i16_avx512_vnni", (13, 16, 512): "linear_{}_u8_avx512_vnni"},
     "avx512": {(1, 8, 9, 12): "linear_{}_i16_avx512", (13, 16, 512): "linear_{}_u8_avx512"},
     "amx": {(1, 3): "linear_{}_i16_avx512", (4, 16, 32): "linear_{}_i16_amx", (33, 512): "linear_{}_bf16_amx"},
@@ -306,6 +306,7 @@ INT8 = SCALED | {
     "avx512": {(1, 8, 9, 16, 17, 32): "linear_{}_i16_avx512", (33, 512): "linear_{}_bf16_avx512"},
 }
 BF16 = SCALED | {
+    "avx2": {(1, 8, 9, 16, 17, 512): "linear_{}_f32_avx2"},
     "avx512_vnni": {(1, 8, 9, 512): "linear_{}_f32_avx512_vnni"},
     "avx512": {(1, 8): "linear_{}_f32_avx512", (9, 512): "linear_{}_bf16_avx512"},
     "amx": {(1, 8): "linear_{}_f32_avx512", (9, 16): "linear_{}_bf16_avx512", (17, 512): "linear_{}_bf16_amx"},

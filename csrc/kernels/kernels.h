@@ -23,14 +23,16 @@ enum class Activation : uint8_t {
     bf16,  // (ceil(M/16), 2 k_tiles, 16, 32) bfloat16: AMX A tiles, inputs in kPairOrder; rows beyond M are zero; the
            // bands of 16 rows lie kBf16Bands.bytes apart
     u8,    // bytes between the least and the largest of 32 inputs, in bands of 8 rows; see U8Tile
+    i16_words,  // the fixed point of i16, in words; see I16Row
 };
-constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16", "u8"};
+constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16", "u8", "i16_words"};
 
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
 // A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
-//   k_tiles times: 64 bytes hi, 64 bytes lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
+//   k_tiles times: 64 bytes hi, 64 bytes lo, or 64 words 256 hi + lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
 // Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again. Those of
-// uint4 are its codes, and zero * offset / 128 takes their block's zero point out.
+// uint4 are its codes, and zero * offset / 128 takes their block's zero point out. Words lie in the order in which two
+// bytes of a 32-bit lane become words: inputs 0, 2, 1, 3 of every four.
 struct I16Row {
     static constexpr size_t tile_bytes = 128;
     static size_t bytes(size_t k_tiles) { return (k_tiles * (tile_bytes + 8) + 63) / 64 * 64; }

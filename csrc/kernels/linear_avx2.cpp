@@ -1,4 +1,4 @@
-// linear, AVX2: a tile's weights become float32 in the L1 cache, then are multiplied with a few rows of x at once.
+// linear, AVX2, and in float32: a tile's weights become float32 in the L1 cache, then are multiplied with a few rows of x at once.
 //
 //   registers  4 rows x 16 outputs of sums (8), the weights of one input (2), one broadcast x
 //   reuse      a decoded tile (4 KB) serves every row of x before the next is decoded
@@ -6,9 +6,14 @@
 //   product accuracy   float32 throughout
 #include <immintrin.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
+#include <utility>
 
+#include "kernels/bytes.h"
 #include "kernels/linear_rows.h"
+#include "kernels/read_ahead.h"
 
 namespace fourfold {
 namespace {
@@ -132,18 +137,33 @@ void linear(const LinearArgs& a) {
     }
 }
 
-constexpr LinearKernel row(Format f, LinearFn fn, std::string_view name) {
-    return {name, Isa::avx2, f, Activation::f32, 1, SIZE_MAX, fn, 0, 0, 0, 0};
+#include "kernels/linear_avx2_i16.inl"
+
+template <Format F>
+constexpr LinearKernel i16_row(std::string_view name) {
+    return {name, Isa::avx2,     F, Activation::i16_words, 1, SIZE_MAX, of_i16::linear<F>,
+            0,    byte_error(F), 0, 0.5f / 32512};
+}
+template <Format F>
+constexpr LinearKernel f32_row(std::string_view name) {
+    return {name, Isa::avx2, F, Activation::f32, 1, SIZE_MAX, linear<F>, 0, 0, 0, 0};
 }
 constexpr LinearKernel kRows[] = {
-    row(Format::nf4, linear<Format::nf4>, "linear_nf4_f32_avx2"),
-    row(Format::int4, linear<Format::int4>, "linear_int4_f32_avx2"),
-    row(Format::fp4, linear<Format::fp4>, "linear_fp4_f32_avx2"),
-    row(Format::fp4_bnb, linear<Format::fp4_bnb>, "linear_fp4_bnb_f32_avx2"),
-    row(Format::uint4, linear<Format::uint4>, "linear_uint4_f32_avx2"),
-    row(Format::int8, linear<Format::int8>, "linear_int8_f32_avx2"),
-    row(Format::bf16, linear<Format::bf16>, "linear_bf16_f32_avx2"),
-    row(Format::f32, linear<Format::f32>, "linear_f32_f32_avx2"),
+    i16_row<Format::nf4>("linear_nf4_i16_avx2"),
+    i16_row<Format::int4>("linear_int4_i16_avx2"),
+    i16_row<Format::fp4>("linear_fp4_i16_avx2"),
+    i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_avx2"),
+    i16_row<Format::uint4>("linear_uint4_i16_avx2"),
+    i16_row<Format::int8>("linear_int8_i16_avx2"),
+    f32_row<Format::bf16>("linear_bf16_f32_avx2"),
+    f32_row<Format::f32>("linear_f32_f32_avx2"),
+    // The more exact rows of the scaled formats, chosen by name.
+    f32_row<Format::nf4>("linear_nf4_f32_avx2"),
+    f32_row<Format::int4>("linear_int4_f32_avx2"),
+    f32_row<Format::fp4>("linear_fp4_f32_avx2"),
+    f32_row<Format::fp4_bnb>("linear_fp4_bnb_f32_avx2"),
+    f32_row<Format::uint4>("linear_uint4_f32_avx2"),
+    f32_row<Format::int8>("linear_int8_f32_avx2"),
 };
 
 }  // namespace

@@ -95,6 +95,7 @@ inline float poison_of(const float* x) {
     return sum(poison);
 }
 
+template <bool WORDS>
 inline void pack_i16(const float* x, uint8_t* codes, float* scale, int32_t* offset) {
     Vec biggest = zero();
     for (size_t i = 0; i < kTileK; i += kLanes) {
@@ -112,9 +113,15 @@ inline void pack_i16(const float* x, uint8_t* codes, float* scale, int32_t* offs
     for (size_t i = 0; i < kTileK; ++i) {
         // Adding 1.5 * 2^23 leaves the integer nearest to x in the low bits.
         const int32_t q = std::bit_cast<int32_t>(x[i] * inverse + 0x1.8p23f) - 0x4B400000;
-        const int32_t hi = (q + 128) >> 8;
-        codes[i] = static_cast<uint8_t>(hi);
-        codes[kTileK + i] = static_cast<uint8_t>(q - hi * 256);
+        if constexpr (WORDS) {
+            constexpr size_t kPlace[4] = {0, 2, 1, 3};
+            const auto word = static_cast<int16_t>(q);
+            std::memcpy(codes + 2 * (i / 4 * 4 + kPlace[i % 4]), &word, 2);
+        } else {
+            const int32_t hi = (q + 128) >> 8;
+            codes[i] = static_cast<uint8_t>(hi);
+            codes[kTileK + i] = static_cast<uint8_t>(q - hi * 256);
+        }
         total += q;
     }
     *scale = step;
@@ -161,7 +168,8 @@ void pack(Activation a, const float* x, size_t x_stride, size_t m, size_t k, siz
                 std::memcpy(out + (row * k_tiles + t) * sizeof padded, tile, sizeof padded);
             } else {
                 uint8_t* packed = out + row * I16Row::bytes(k_tiles);
-                pack_i16(tile, packed + t * I16Row::tile_bytes, const_cast<float*>(I16Row::scales(packed, k_tiles)) + t,
+                const auto pack_row = a == Activation::i16 ? pack_i16<false> : pack_i16<true>;
+                pack_row(tile, packed + t * I16Row::tile_bytes, const_cast<float*>(I16Row::scales(packed, k_tiles)) + t,
                          const_cast<int32_t*>(I16Row::offsets(packed, k_tiles)) + t);
             }
         }

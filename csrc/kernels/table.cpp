@@ -38,7 +38,7 @@ size_t rows_of_class(size_t m, RowClass row_class) {
 
 size_t packed_offset(Activation a, size_t m, size_t k_tiles) {
     if (const Bands* bands = bands_of(a)) return m / bands->rows * bands->bytes(k_tiles);
-    return m * (a == Activation::i16 ? I16Row::bytes(k_tiles) : k_tiles * kTileK * sizeof(float));
+    return m * (a == Activation::f32 ? k_tiles * kTileK * sizeof(float) : I16Row::bytes(k_tiles));
 }
 
 size_t packed_bytes(Activation a, size_t m, size_t k_tiles) {

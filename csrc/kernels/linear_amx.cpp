@@ -20,9 +20,9 @@ constexpr float kBf16 = 0x1p-8f;
 constexpr size_t kFew = 4, kManyScaled = 33, kManyBf16 = 17;
 
 template <Format F>
-constexpr LinearKernel i16_row(std::string_view name, float codebook_error) {
-    return {name, Isa::amx,       F, Activation::i16, kFew, kManyScaled - 1, linear_i16<F>,
-            0,    codebook_error, 0, 0.5f / 32512};
+constexpr LinearKernel i16_row(std::string_view name) {
+    return {name, Isa::amx,      F, Activation::i16, kFew, kManyScaled - 1, linear_i16<F>,
+            0,    byte_error(F), 0, 0.5f / 32512};
 }
 template <Format F>
 constexpr LinearKernel bf16_row(std::string_view name) {
@@ -40,18 +40,12 @@ constexpr LinearKernel bf16_row(std::string_view name) {
             0};
 }
 constexpr LinearKernel kRows[] = {
-    i16_row<Format::nf4>("linear_nf4_i16_amx", 0.5f / 112.05f),
-    i16_row<Format::int4>("linear_int4_i16_amx", 0),
-    i16_row<Format::fp4>("linear_fp4_i16_amx", 0),
-    i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_amx", 0.375f / 120),
-    i16_row<Format::uint4>("linear_uint4_i16_amx", 0),
-    i16_row<Format::int8>("linear_int8_i16_amx", 0),
-    bf16_row<Format::nf4>("linear_nf4_bf16_amx"),
-    bf16_row<Format::int4>("linear_int4_bf16_amx"),
-    bf16_row<Format::fp4>("linear_fp4_bf16_amx"),
-    bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_amx"),
-    bf16_row<Format::uint4>("linear_uint4_bf16_amx"),
-    bf16_row<Format::int8>("linear_int8_bf16_amx"),
+    i16_row<Format::nf4>("linear_nf4_i16_amx"),       i16_row<Format::int4>("linear_int4_i16_amx"),
+    i16_row<Format::fp4>("linear_fp4_i16_amx"),       i16_row<Format::fp4_bnb>("linear_fp4_bnb_i16_amx"),
+    i16_row<Format::uint4>("linear_uint4_i16_amx"),   i16_row<Format::int8>("linear_int8_i16_amx"),
+    bf16_row<Format::nf4>("linear_nf4_bf16_amx"),     bf16_row<Format::int4>("linear_int4_bf16_amx"),
+    bf16_row<Format::fp4>("linear_fp4_bf16_amx"),     bf16_row<Format::fp4_bnb>("linear_fp4_bnb_bf16_amx"),
+    bf16_row<Format::uint4>("linear_uint4_bf16_amx"), bf16_row<Format::int8>("linear_int8_bf16_amx"),
     bf16_row<Format::bf16>("linear_bf16_bf16_amx"),
 };
 

@@ -4,8 +4,8 @@
 //   linear_avx512_i16.inl, scaled and added in its order: the same bits.
 //
 //   lanes      8 outputs; one vpmaddwd multiplies 2 inputs of each
-//   blocks     one row: a tile is decoded as it is multiplied. More: a panel's 512 inputs become words first (16 KB of
-//              scratch, L1) and multiply 4 rows at a time, so that decoding is paid once for all M
+//   blocks     up to 4 rows: a tile is decoded as it is multiplied, for 2 rows at a time. More: a panel's 512 inputs become
+//              words first (16 KB of scratch, L1) and multiply 4 rows at a time, so that decoding is paid once for all M
 //   counts     per 64 weights 1 load, 2 shuffles, 4 masks, 3 shifts, and per row 4 products, 4 additions and, for 128
 //              weights, 4 broadcasts
 //   bound      one token: 17 vector operations for 64 weights, at three a cycle 11 weights a cycle. Many: products and
@@ -99,47 +99,62 @@ inline __m256 add_tile(__m256 total, __m256i sums, __m256 scale, const Row& x) {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), _mm256_mul_ps(scale, _mm256_set1_ps(*x.scale)), total);
 }
 
-// One row of x times panel p, decoded as it is multiplied.
-template <Format F>
-void multiply_one(const LinearArgs& a, size_t p) {
+template <size_t ROWS>
+inline std::array<Row, ROWS> rows_of(const LinearArgs& a, size_t m, size_t t) {
+    const auto of = [&]<size_t... R>(std::index_sequence<R...>) { return std::array<Row, ROWS>{Row(a, m + R, t)...}; };
+    return of(std::make_index_sequence<ROWS>{});
+}
+
+// Rows [m, m + ROWS) of x times panel p, decoded as it is multiplied.
+template <Format F, size_t ROWS>
+[[gnu::noinline]] void multiply_codes(const LinearArgs& a, size_t p, size_t m) {
     const __m256i table = table32<F>();
     const uint8_t* const panel = a.panels + p * panel_bytes(F, a.k_tiles);
     const float unit = a.panel_scales[p] / units(F);
-    Row x(a, 0, 0);
+    std::array<Row, ROWS> x = rows_of<ROWS>(a, m, 0);
     Ahead<F, 1> ahead(a, p);
-    __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t t = 0; t < a.k_tiles; ++t, x.next()) {
+    __m256 total[2][ROWS];
+    for (auto& half : total)
+        for (__m256& sum : half) sum = _mm256_setzero_ps();
+    for (size_t t = 0; t < a.k_tiles; ++t) {
         const uint8_t* const codes = panel + code_offset(F, t, a.k_tiles);
         const uint8_t* const scales = panel + scale_offset(F, t);
         ahead.enter(t);
         for (size_t line = 0; line < kScaleLines<F> && t % kGroupTiles == 0; ++line) ask_near(scales + line * 64);
-        __m256i sums[2];
-        for (size_t half = 0; half < 2; ++half) sums[half] = sums_begin<F>(x, zeros8<F>(scales + half * 8));
+        __m256i sums[2][ROWS];
+        for (size_t half = 0; half < 2; ++half)
+            for (size_t r = 0; r < ROWS; ++r) sums[half][r] = sums_begin<F>(x[r], zeros8<F>(scales + half * 8));
 #pragma GCC unroll 8
         for (size_t g = 0; g < 8; ++g) {
             for (size_t line = g * kGroupBytes<F>; line < (g + 1) * kGroupBytes<F>; line += 64) {
                 ahead.ask_line(0, line);
                 ask_near(codes + line);
             }
+#pragma GCC unroll 2
             for (size_t half = 0; half < 2; ++half) {
                 __m256i u[4];
                 group_to_words<F>(codes + g * kGroupBytes<F>, half, table, u);
-                for (size_t i = 0; i < 4; ++i) sums[half] = plus_products(sums[half], u[i], x.pair(g * 4 + i));
+#pragma GCC unroll 4
+                for (size_t i = 0; i < 4; ++i)
+#pragma GCC unroll 2
+                    for (size_t r = 0; r < ROWS; ++r)
+                        sums[half][r] = plus_products(sums[half][r], u[i], x[r].pair(g * 4 + i));
             }
         }
         for (size_t half = 0; half < 2; ++half)
-            total[half] = add_tile(total[half], sums[half], Scales::decode(scales + half * 8, unit), x);
+            for (size_t r = 0; r < ROWS; ++r)
+                total[half][r] = add_tile(total[half][r], sums[half][r], Scales::decode(scales + half * 8, unit), x[r]);
+        for (Row& row : x) row.next();
     }
-    for (size_t half = 0; half < 2; ++half) _mm256_storeu_ps(a.y + p * kTileN + half * 8, total[half]);
+    for (size_t half = 0; half < 2; ++half)
+        for (size_t r = 0; r < ROWS; ++r)
+            _mm256_storeu_ps(a.y + (m + r) * a.y_stride + p * kTileN + half * 8, total[half][r]);
 }
 
 // Rows [m, m + ROWS) of x times tiles [t0, t1) of panel p. All registers are for a tile's sums: totals stay in y.
 template <Format F, size_t ROWS>
 [[gnu::noinline]] void multiply(const LinearArgs& a, size_t p, size_t m, size_t t0, size_t t1, const WordTile* w) {
-    const auto rows = [&]<size_t... R>(std::index_sequence<R...>) {
-        return std::array<Row, ROWS>{Row(a, m + R, t0)...};
-    };
-    std::array<Row, ROWS> x = rows(std::make_index_sequence<ROWS>{});
+    std::array<Row, ROWS> x = rows_of<ROWS>(a, m, t0);
     for (size_t t = t0; t < t1; ++t, ++w) {
         __m256i low[ROWS], high[ROWS];  // of 8 outputs each
 #pragma GCC unroll 4
@@ -168,8 +183,11 @@ template <Format F, size_t ROWS>
 
 template <Format F>
 void linear(const LinearArgs& a) {
-    if (a.m == 1) {
-        for (size_t p = 0; p < a.n_panels; ++p) multiply_one<F>(a, p);
+    if (a.m <= 4) {
+        for (size_t p = 0; p < a.n_panels; ++p) {  // a panel stays in the cache while all rows pass
+            for (size_t m = 0; m + 2 <= a.m; m += 2) multiply_codes<F, 2>(a, p, m);
+            if (a.m % 2) multiply_codes<F, 1>(a, p, a.m - 1);
+        }
         return;
     }
     auto* const words = reinterpret_cast<WordTile*>(a.scratch);

@@ -167,6 +167,7 @@ void unpack_rows(const MatrixView& w, size_t begin, size_t end, float* out, Isa 
     const OwnArithmetic while_computing;
     const RowKernels& rows = row_kernels(isa);
     const size_t k_tiles = tiles_of(w.k), padded = k_tiles * kTileK;
+    n_threads = std::clamp<size_t>(n_threads, 1, std::max<size_t>(end - begin, 1));
     uint8_t* const memory = working_memory(n_threads * padded * sizeof(float));
     auto unpack = [&](size_t i) {
         const auto [first, last] = share(end - begin, i, n_threads);

@@ -1,8 +1,5 @@
 #include "probe.h"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -12,6 +9,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "affinity.h"
 #include "memory.h"
 
 namespace fourfold {
@@ -58,11 +56,7 @@ void run_pinned(const std::vector<int>& cpus, const std::function<void(size_t)>&
             pinned.wait();
             if (all_pinned) body(i);
         });
-        cpu_set_t set;
-        CPU_ZERO(&set);
-        const bool valid = cpus[i] >= 0 && cpus[i] < CPU_SETSIZE;
-        if (valid) CPU_SET(cpus[i], &set);
-        if (!valid || pthread_setaffinity_np(threads.back().native_handle(), sizeof(set), &set) != 0)
+        if (!CpuSet::only(cpus[i]).bind(threads.back().native_handle()))
             throw std::invalid_argument("CPU " + std::to_string(cpus[i]) + " is not one that this process may use");
     }
     all_pinned = true;

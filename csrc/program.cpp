@@ -224,6 +224,7 @@ void Program::link_linears() {
 }
 
 void Program::step(const Step& given) {
+    team_->check_process();
     const std::lock_guard turn(turn_);
     Step step = given;
     blocks_.clear();
@@ -257,6 +258,7 @@ void Program::walk(Worker& worker, const Step& step) {
 }
 
 void Program::record(bool wanted) {
+    team_->check_process();
     const std::lock_guard turn(turn_);
     recording_ = wanted;
     for (auto& rank : timelines_)

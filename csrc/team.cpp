@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "affinity.h"
 #include "arithmetic.h"
 
 namespace fourfold {
@@ -205,28 +206,20 @@ Team::Team(std::vector<RankPlan> plan, double timeout_seconds) : plan_(std::move
 
 namespace {
 
-cpu_set_t only(int cpu) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    return set;
-}
-
 // The calling thread as a worker: on its CPU and with our arithmetic, until this goes.
 class Enlisted {
   public:
-    explicit Enlisted(int cpu) {
-        const cpu_set_t set = only(cpu);
-        is_known_ = pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0 && !CPU_EQUAL(&before_, &set);
-        if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort, as for threads
+    explicit Enlisted(int cpu) : before_(CpuSet::of_this_thread()) {
+        const CpuSet set = CpuSet::only(cpu);
+        if (before_ == set) before_.reset();
+        if (before_) set.bind(pthread_self());  // best effort, as for threads
     }
     ~Enlisted() {
-        if (is_known_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+        if (before_) before_->bind(pthread_self());
     }
 
   private:
-    cpu_set_t before_;
-    bool is_known_;
+    std::optional<CpuSet> before_;  // where it is another, and known
     OwnArithmetic arithmetic_;
 };
 
@@ -235,8 +228,7 @@ class Enlisted {
 // A thread's life: wait for a job, run it, say so.
 void Team::serve(std::shared_ptr<Worker::State> state, size_t rank, size_t thread, size_t n_ranks, size_t n_threads,
                  int cpu) {
-    const cpu_set_t set = only(cpu);
-    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: a cpuset may have shrunk
+    CpuSet::only(cpu).bind(pthread_self());  // best effort: a cpuset may have shrunk
     const OwnArithmetic while_it_lives;
     Worker worker(*state, rank, thread, n_ranks, n_threads);
     for (uint32_t seen = 0; !state->broken; ++seen) {
@@ -264,10 +256,14 @@ void Team::close() {
 
 Team::~Team() { close(); }
 
-void Team::run(Job job) {
+void Team::check_process() const {
     if (!process_.is_this())
         throw StallError(
             "this process was forked from the one that has the model's threads; load the model in it again");
+}
+
+void Team::run(Job job) {
+    check_process();
     Worker::State& s = *state_;
     const std::lock_guard turn(s.turn);
     if (s.broken) throw StallError("the team is broken by an earlier failure; load the model again");

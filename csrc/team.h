@@ -104,6 +104,9 @@ class Team {
     // forked from this one. Callers take turns. The calling thread works too: until the call returns it is pinned to
     // the first CPU of the plan, and a stall of its own is found by the others but returned only once it goes on.
     void run(Job job);
+    // Throws StallError in a process that was forked from this one: whoever has a lock of its own around `run` asks
+    // before it takes that, since another thread may have held it at the fork, and then nobody lets go of it.
+    void check_process() const;
 
     const std::vector<RankPlan>& plan() const { return plan_; }
     size_t n_ranks() const { return plan_.size(); }

@@ -16,6 +16,8 @@ REFUSALS = r"""
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 ssize_t pread(int fd, void* to, size_t n, off_t at) {
@@ -28,6 +30,16 @@ ssize_t pread(int fd, void* to, size_t n, off_t at) {
 int pthread_create(pthread_t* thread, const pthread_attr_t* how, void* (*run)(void*), void* what) {
     int (*real)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*) = dlsym(RTLD_NEXT, "pthread_create");
     return getenv("NO_THREADS") ? EAGAIN : real(thread, how, run, what);
+}
+// With MANY_CPUS, as on a machine of 2,048: a smaller set is refused, and who is bound to the 1,500th says so.
+int pthread_getaffinity_np(pthread_t thread, size_t bytes, cpu_set_t* set) {
+    int (*real)(pthread_t, size_t, cpu_set_t*) = dlsym(RTLD_NEXT, "pthread_getaffinity_np");
+    return getenv("MANY_CPUS") && bytes < 2048 / 8 ? EINVAL : real(thread, bytes, set);
+}
+int pthread_setaffinity_np(pthread_t thread, size_t bytes, const cpu_set_t* set) {
+    int (*real)(pthread_t, size_t, const cpu_set_t*) = dlsym(RTLD_NEXT, "pthread_setaffinity_np");
+    if (!getenv("MANY_CPUS") || !CPU_ISSET_S(1500, bytes, set)) return real(thread, bytes, set);
+    return dprintf(1, "bound\n") < 0;
 }
 """
 

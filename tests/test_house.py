@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_a_floor_never_looks_up(path: Path) -> None:
 NATIVE_FLOORS = (
     (
         *("isa", "format", "tensorflow_api", "exchange", "sysfiles", "cgroup", "machine", "memory", "timeline"),
-        *("team", "crew", "shares", "arithmetic", "read_file"),
+        *("team", "crew", "shares", "affinity", "arithmetic", "read_file"),
     ),
     ("file_stream", "kernels", "pack", "place", "probe", "weight"),
     ("matmul", "program", "ops", "ops_linear", "ops_attention", "ops_streamed"),
@@ -102,6 +103,16 @@ def test_a_native_floor_never_looks_up(path: Path) -> None:
     unit = path.relative_to(ROOT / "csrc").parts[0].split(".")[0]
     for target in re.findall(r'#include "([a-z_]+)[./]', path.read_text(encoding="utf-8")):
         assert NATIVE_FLOOR[unit] >= NATIVE_FLOOR[target], f"{path.name} looks up to {target}"
+
+
+def test_no_function_of_an_instruction_set_stands_in_for_another() -> None:
+    """An inline function that a kernel file emits under its common name may be what the linker keeps for all."""
+    folders = (ROOT / "build").glob("*/CMakeFiles/_core.dir/csrc/kernels")
+    objects = [path for folder in folders for path in folder.glob("*.o") if re.search("_(avx2|avx512|amx)", path.name)]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("the native core was not built here")
+    listed = subprocess.run(["nm", "-AC", *objects], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in listed if " W " in line and not re.search(r"_(avx2|avx512|amx)[_<(]", line)] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("cli*.py")), ids=lambda path: path.name)

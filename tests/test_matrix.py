@@ -77,6 +77,17 @@ def test_rows_may_have_any_axes_and_strides() -> None:
     np.testing.assert_array_equal(fourfold.linear(unaligned, w), expected[0, 0])
 
 
+def test_rows_come_from_any_number_of_threads() -> None:
+    """None, as of a machine that shows no usable CPU, is one; and there are no more than rows."""
+    w = fourfold.quantize(numbers(40, 100))
+    for threads in (0, 1, 3, 1000):
+        rows, (n, k), scales = np.full((40, 100), 7, np.float32), w.shape, w.scales
+        assert scales is not None
+        addresses = (w.panels.ctypes.data, scales.ctypes.data, 0, n, rows.ctypes.data)
+        _core.unpack_rows(w.format, n, k, *addresses, threads, False)
+        np.testing.assert_array_equal(rows, w.dequantize())
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_quantize_is_the_packer(fmt: Any) -> None:
     for dtype in (*DTYPES, np.float64):

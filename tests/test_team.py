@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import fourfold._core as _core
+import preload
 from chain import Chain, make_team
 from threads import allowed_cpus, eventually, once_in_time
 
@@ -123,13 +124,18 @@ def test_a_thread_that_wakes_up_while_the_process_ends_does_no_harm() -> None:
 
 
 FORK = """
-import os, sys, time
+import os, sys, threading
 import fourfold._core as _core
 from chain import make_team
 from test_team import chain
 
-work = chain(make_team(2, 2))
+work = chain(team := make_team(2, 2))
 first = work.step()
+if sys.argv[1] == "amid a step":
+    team.stall_next(1, 1, 2)
+    stepping = threading.Thread(target=work.step)
+    stepping.start()
+    stepping.join(0.5)  # it holds what callers take turns with
 if child := os.fork():
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     sys.exit(status if (work.step() == first).all() else "the parent's team is not what it was")
@@ -137,14 +143,15 @@ try:
     work.step()
 except _core.StallError as error:
     print(error, flush=True)
-del work
+del work, team
 os._exit(0)
 """
 
 
-def test_a_forked_process_is_told_that_it_has_no_team() -> None:
-    """At once: it does not wait for threads that are not there."""
-    command = [sys.executable, "-c", FORK]
+@pytest.mark.parametrize("when", ["between steps", "amid a step"])
+def test_a_forked_process_is_told_that_it_has_no_team(when: str) -> None:
+    """At once: it waits neither for threads that are not there, nor for a turn that one of them would have to end."""
+    command = [sys.executable, "-c", FORK, when]
     ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("this process was forked from the one that has the model's threads; load the model")
@@ -179,6 +186,24 @@ def test_every_thread_is_pinned_to_its_cpu_and_ends_with_its_team(n_ranks: int, 
     assert sorted(ours) == sorted(str(cpus[i % len(cpus)]) for i in range(1, n_ranks * n_threads))
     del work
     assert eventually(lambda: set(allowed_cpus()) <= set(before))
+
+
+MANY_CPUS = """
+import ctypes
+import numpy as np
+from fourfold import _core
+
+ctypes.CDLL(None).setenv(b"MANY_CPUS", b"1", 1)
+team = _core.Team([(-1, [1500, 1500])], 60.0)
+weight = _core.make_weight("f32", 16, 64, [([(0, 16)], [(0, 64)])], team)
+weight.load(team, np.zeros((1, 4096), np.uint8), None)
+_core.measure_peak([1500, 1500], _core.peak_kinds()[-1], 1)
+"""
+
+
+def test_a_machine_may_have_more_than_1024_cpus(tmp_path: Path) -> None:
+    """A team's thread and its caller are bound to one of those, and so are two that measure."""
+    assert preload.run(MANY_CPUS, tmp_path) == "bound\n" * 4
 
 
 def test_the_caller_works_on_the_first_cpu_and_is_free_again_afterwards() -> None:

@@ -2,8 +2,8 @@
 //
 //   registers  4 rows x 16 outputs of sums (8), the weights of one input (2), one broadcast x
 //   reuse      a decoded tile (4 KB) serves every row of x before the next is decoded
-//   bound      by arithmetic: decoding costs about 3 operations a weight; the machines it is for have no better dot
-//   product accuracy   float32 throughout
+//   bound      by arithmetic: decoding costs about 3 operations a weight
+//   accuracy   float32 throughout
 #include <immintrin.h>
 
 #include <algorithm>

@@ -10,7 +10,7 @@
 //   bound      one token: memory, as every key and value is read once, from its page's begin to its end; prompts: the
 //              products, 2 a lane and operation in bf16
 //   accuracy   bf16: queries and softmax weights are rounded to bfloat16 as keys and values are, sums in float32;
-//              int8: float32 products of what is stored; f32: float32 throughout
+//              int8: float32 products of what is stored, or as bf16 of a page made so; f32: float32 throughout
 
 constexpr size_t kQuad = 4;
 constexpr size_t kColumns = kLanes == 16 ? 4 : 2;  // vectors
@@ -130,13 +130,13 @@ inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
     return limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
 }
 
-// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values.
-template <KvFormat F, size_t N>
-void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, const uint8_t* page, const Ahead* ahead,
-                 size_t position) {
-    constexpr size_t kPair = F == KvFormat::bf16 ? 2 : 1;  // elements a factor
+// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values. `page` holds elements of
+// format W, which those of an F page at `scales` have become.
+template <KvFormat F, KvFormat W, size_t N>
+void attend_page(const AttendArgs& a, size_t first, const Factor<W>* const* q, const uint8_t* page,
+                 const float* key_scales, const Ahead* ahead, size_t position) {
+    constexpr size_t kPair = W == KvFormat::bf16 ? 2 : 1;  // elements a factor
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
-    const auto* key_scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
     float* const scores = a.scratch;
     float* const sums = a.partial + first * step;
     // The last query sees furthest, the first furthest back.
@@ -147,14 +147,14 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
         for (auto& row : dots)
             for (Vec& v : row) v = zero();
         if (c < seen && c + kColumns * kLanes > unseen)
-            times_page<F, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
+            times_page<W, N>(q, (a.d + kPair - 1) / kPair, page, kPage, c, ahead, dots);
         for (size_t j = 0; j < kColumns; ++j) {
             const size_t at = c + j * kLanes;
             const Vec factor = F == KvFormat::int8 ? mul(set1(a.scale), load(key_scales + at)) : set1(a.scale);
             for (size_t i = 0; i < N; ++i) store(scores + i * kPage + at, mul(dots[i][j], factor));
         }
     }
-    const Factor<F>* weights[N];
+    const Factor<W>* weights[N];
     for (size_t i = 0; i < N; ++i) {
         float* s = scores + i * kPage;
         float* own = sums + i * step;
@@ -166,17 +166,17 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
         } else {
             std::memset(s, 0, kPage * sizeof(float));
         }
-        weights[i] = as_factors<F>(s, kPage, a.scratch + kQuad * kPage + i * kPage / 2);
+        weights[i] = as_factors<W>(s, kPage, a.scratch + kQuad * kPage + i * kPage / 2);
     }
     for (size_t d = 0; d < dp; d += KvPage::kBlock) {
         const size_t width = KvPage::block_width(a.d, d);
-        const uint8_t* values = page + KvPage::block_offset(F, a.d, d);
+        const uint8_t* values = page + KvPage::block_offset(W, a.d, d);
         const auto add_values = [&]<size_t C>(std::integral_constant<size_t, C>, size_t column) {
             float* own = sums + d + column;
             Vec out[N][C];
             for (size_t i = 0; i < N; ++i)
                 for (size_t c = 0; c < C; ++c) out[i][c] = load(own + i * step + c * kLanes);
-            times_page<F, N>(weights, (seen + kPair - 1) / kPair, values, width, column, ahead, out);
+            times_page<W, N>(weights, (seen + kPair - 1) / kPair, values, width, column, ahead, out);
             for (size_t i = 0; i < N; ++i)
                 for (size_t c = 0; c < C; ++c) store(own + i * step + c * kLanes, out[i][c]);
         };
@@ -187,28 +187,43 @@ void attend_page(const AttendArgs& a, size_t first, const Factor<F>* const* q, c
     }
 }
 
-template <KvFormat F>
-void attend(const AttendArgs& a) {
+// `widen(page, d, to)` makes an F page's elements those of a W page, once for all queries, where W is another format.
+template <KvFormat F, KvFormat W, class Widen>
+void attend_as(const AttendArgs& a, Widen widen) {
     const size_t dp = KvPage::padded(a.d), step = attend_partial_floats(a.d);
-    const Factor<F>* q[kAttendQueries];
+    float* const factors = a.scratch + kQuad * kPage * 3 / 2;
+    const Factor<W>* q[kAttendQueries];
     for (size_t i = 0; i < a.n_queries; ++i) {
         std::memset(a.partial + i * step, 0, step * sizeof(float));
         a.partial[i * step + dp] = -INFINITY;
-        q[i] = as_factors<F>(a.q[i], a.d, a.scratch + kQuad * kPage * 3 / 2 + i * (dp + kLanes) / 2);
+        q[i] = as_factors<W>(a.q[i], a.d, factors + i * (dp + kLanes) / 2);
     }
+    auto* const widened = reinterpret_cast<uint8_t*>(factors + kAttendQueries * (dp + kLanes) / 2);
     for (size_t position = a.begin; position < a.end; position += kPage) {
         const uint8_t *page = a.page_at(position),
                       *next = position + kPage < a.end_ahead ? a.page_at(position + kPage) : nullptr;
+        const auto* scales = reinterpret_cast<const float*>(page + KvPage::scales_offset(F, a.d));
         const Ahead ahead(F, a.d, page, next);
+        const uint8_t* elements = page;
+        if constexpr (F != W) {
+            ahead.ask(page, KvPage::scales_offset(F, a.d));
+            widen(page, a.d, widened);
+            elements = widened;
+        }
         for (size_t i = 0; i < a.n_queries; i += kQuad) {
             const size_t n = a.n_queries - i < kQuad ? a.n_queries - i : kQuad;
-            const auto take = n == 4   ? attend_page<F, 4>
-                              : n == 3 ? attend_page<F, 3>
-                              : n == 2 ? attend_page<F, 2>
-                                       : attend_page<F, 1>;
-            take(a, i, q + i, page, i ? nullptr : &ahead, position);
+            const auto take = n == 4   ? attend_page<F, W, 4>
+                              : n == 3 ? attend_page<F, W, 3>
+                              : n == 2 ? attend_page<F, W, 2>
+                                       : attend_page<F, W, 1>;
+            take(a, i, q + i, elements, scales, i || F != W ? nullptr : &ahead, position);
         }
     }
+}
+
+template <KvFormat F>
+void attend(const AttendArgs& a) {
+    attend_as<F, F>(a, nullptr);
 }
 
 // The table's rows of an ISA: every format, any M.

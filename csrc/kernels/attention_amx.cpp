@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/decode_avx512.h"
 #include "kernels/linear_rows.h"
 #include "kernels/tiles_amx.h"
 

@@ -52,16 +52,6 @@ inline void store_rounded(void* to, __m512 first, __m512 second) {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
 }
 
-// 16 lanes of two bfloat16 from two rows of 16 signed bytes, exactly.
-inline __m512i interleaved(const uint8_t* even, const uint8_t* odd) {
-    const auto as_floats = [](const uint8_t* bytes) {
-        return _mm512_castps_si512(
-            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))));
-    };
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
-    return _mm512_or_si512(_mm512_srli_epi32(as_floats(even), 16), _mm512_and_si512(as_floats(odd), high));
-}
-
 // Lanes [begin, end) of 16, either of which may lie outside.
 inline __mmask16 lanes(ptrdiff_t begin, ptrdiff_t end) {
     const auto before = [](ptrdiff_t n) { return n <= 0 ? 0u : n >= 16 ? 0xFFFFu : (1u << n) - 1; };
@@ -169,7 +159,7 @@ class TiledAttention {
             for (size_t pair = 0; pair < n_pairs(); ++pair)
                 for (size_t p = 0; p < kPage; p += 16) {
                     const uint8_t* codes = pages_[page] + 2 * pair * kPage + p;
-                    _mm512_storeu_si512(to + pair * kKeyRowBytes + p * 4, interleaved(codes, codes + kPage));
+                    _mm512_storeu_si512(to + pair * kKeyRowBytes + p * 4, bf16_lanes(codes, codes + kPage));
                 }
             return to;
         }
@@ -184,7 +174,7 @@ class TiledAttention {
             uint8_t* to = scratch_ + widened(half, first);
             for (size_t row = 0; row < kHalf; row += 2, from += 2 * width)
                 for (size_t d = 0; d < width; d += 16, to += 64)
-                    _mm512_storeu_si512(to, interleaved(from + d, from + width + d));
+                    _mm512_storeu_si512(to, bf16_lanes(from + d, from + width + d));
         }
     }
     size_t widened(size_t half, size_t first) const { return at_.values + kHalf * 2 * (half * dp_ + first); }

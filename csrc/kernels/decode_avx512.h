@@ -57,6 +57,16 @@ inline __m512 bf16_odd(__m512i pairs) {
 }
 
 #if defined(__AVX512BF16__)
+// 16 lanes of two bfloat16 from two rows of 16 signed bytes, exactly.
+inline __m512i bf16_lanes(const uint8_t* even, const uint8_t* odd) {
+    const auto bits = [](const uint8_t* bytes) {
+        return _mm512_castps_si512(
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))));
+    };
+    constexpr __mmask32 kOdd = 0xAAAAAAAA;
+    return _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(bits(even), 16), bits(odd));
+}
+
 // Lane n of the result is the bfloat16 pair (even[n], odd[n]), each rounded to nearest even.
 inline __m512i bf16_pairs(__m512 even, __m512 odd) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,

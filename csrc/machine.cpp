@@ -152,7 +152,12 @@ Machine read_machine(const std::string& root) {
     machine.has_amx = features.amx;
     machine.amx_is_present = features.amx_is_present;
 
+    // The status file shows the main thread: a thread already pinned does not narrow the answer.
+    std::optional<std::vector<int>> affinity;
+    if (const auto list = files.field("/proc/self/status", "Cpus_allowed_list")) affinity = parse_cpu_list(*list);
     machine.online_cpus = read_online(files);
+    // A container's /sys may number its CPUs from 0 (lxcfs does), while affinity is by the kernel's numbers.
+    if (affinity && intersect(machine.online_cpus, *affinity).empty()) machine.online_cpus = *affinity;
     machine.offline_cpus = read_offline(files, machine.online_cpus);
     machine.nodes = read_nodes(files, machine.online_cpus);
     machine.cores = read_cores(files, machine.online_cpus);
@@ -160,11 +165,9 @@ Machine read_machine(const std::string& root) {
     machine.caches = read_caches(files, machine.online_cpus);
     machine.huge_pages = read_huge_pages(files);
 
-    // The status file shows the main thread: a thread already pinned does not narrow the answer.
     machine.cgroup = read_cgroup_limits(files);
-    const auto affinity = files.field("/proc/self/status", "Cpus_allowed_list");
     machine.allowed_cpus = machine.online_cpus;
-    if (affinity) machine.allowed_cpus = intersect(machine.allowed_cpus, parse_cpu_list(*affinity));
+    if (affinity) machine.allowed_cpus = intersect(machine.allowed_cpus, *affinity);
     if (machine.cgroup.cpus) machine.allowed_cpus = intersect(machine.allowed_cpus, *machine.cgroup.cpus);
 
     machine.total_memory_bytes = field_bytes(files, "/proc/meminfo", "MemTotal");

@@ -177,6 +177,15 @@ def test_damaged_files_read_as_missing(tmp_path: Path) -> None:
     assert machine.cgroup.cpu_quota is None
 
 
+def test_a_container_that_numbers_its_cpus_from_0_uses_those_that_it_may(tmp_path: Path) -> None:
+    write_machine(tmp_path, n_sockets=2, cores_per_socket=8)
+    restrict(tmp_path, cpus=range(8, 12), nodes=[1])
+    write(tmp_path, "sys/devices/system/cpu/online", "0-3")
+    machine = read_machine(str(tmp_path))
+    assert machine.allowed_cpus == [8, 9, 10, 11]
+    assert plan_ranks(machine) == [RankPlan(1, [8, 9, 10, 11])]
+
+
 def test_a_root_without_sys_and_proc_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="neither sys nor proc"):
         read_machine(str(tmp_path))

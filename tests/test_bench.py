@@ -153,7 +153,7 @@ def test_linear_refuses_what_it_cannot_do(options: dict[str, Any], message: str)
 def test_decode_counts_the_bytes_of_every_position(run: Run, tiny_model: Path) -> None:
     result = run("decode", str(tiny_model), "--tokens", "5", "--context", "70", "--repeats", "2", "--isa", "avx2")
     assert (result["bench"], result["context"], result["tokens"]) == ("decode", 70, 5)
-    assert result["kernels"] == {"1": {"nf4": "linear_nf4_f32_avx2", "attention": "attend_bf16_avx2"}}
+    assert result["kernels"] == {"1": {"nf4": "linear_nf4_i16_avx2", "attention": "attend_bf16_avx2"}}
     assert result["amx"] is False
     for figure in ("ms_per_step", "tokens_per_s", "gb_s", "of_read"):
         assert is_spread(result[figure]), figure

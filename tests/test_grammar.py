@@ -123,6 +123,13 @@ def test_a_schema_that_cannot_be_enforced_is_refused(schema: dict[str, Any], why
         Grammars(byte_tokenizer(), VOCAB).json_schema(schema)
 
 
+def test_a_refusal_of_parameters_shows_no_grammar_of_ours() -> None:
+    unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(UserError) as refused:
+        Grammars(byte_tokenizer(), VOCAB).tool_calls([Function("f", unique)], text=True, several=True)
+    assert str(refused.value).endswith('failed to compile JSON schema: Unimplemented keys: ["uniqueItems"]')
+
+
 def test_a_schema_made_to_be_slow_is_stopped() -> None:
     """In a process of its own, so that a bomb would be seen as a timeout."""
     script = """

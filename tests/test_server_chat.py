@@ -126,8 +126,32 @@ def test_contents_in_parts_and_the_developers_role(paris: Served) -> None:
 
 def test_an_answer_can_be_sent_back(paris: Served) -> None:
     message = paris.chat().json()["choices"][0]["message"]
+    for parsed in ({}, {"parsed": {"city": "Paris"}}):
+        again = [*ASK["messages"], message | parsed, {"role": "user", "content": "and?"}]
+        assert paris.chat(messages=again).status_code == 200
+
+
+def test_a_null_asks_for_nothing_whatever_its_name(paris: Served) -> None:
+    message = {"role": "assistant", "content": "Paris.", "reasoning_content": None}
     again = [*ASK["messages"], message, {"role": "user", "content": "and?"}]
-    assert paris.chat(messages=again).status_code == 200
+    assert paris.chat(messages=again, reasoning_effort=None, functions=None).status_code == 200
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_of_all_tokens(paris: Served, top_k: int) -> None:
+    some = [paris.chat(seed=1, temperature=2, **given).json()["choices"] for given in ({}, {"top_k": top_k})]
+    assert some[0] == some[1]
+
+
+def test_a_call_as_clients_send_it_back(paris: Served) -> None:
+    """Put together from a stream, which numbers calls, and parsed; without arguments; with the function's name."""
+    function = {"name": "time", "arguments": "", "parsed_arguments": {}}
+    call = {"index": 0, "id": "c1", "type": "function", "function": function}
+    turns = [{"role": "user", "content": "t?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "c1", "name": "time", "content": "noon"}]
+    assert paris.chat(messages=turns, tools=[TIME]).status_code == 200
+    told = '[assistant]<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>[user]<tool_response>\nnoon'
+    assert any(told.encode() in bytes(i for i in fed if i < 256) for fed in paris.engine.fed)
 
 
 def test_json_by_a_schema() -> None:

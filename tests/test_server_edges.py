@@ -207,7 +207,9 @@ def test_pages_elsewhere_may_not_ask_unless_named() -> None:
         assert "access-control-allow-origin" not in server.http.get("/v1/models", headers=asked).headers
         assert server.http.options("/v1/chat/completions", headers=asked).status_code == 405
     with served(origins=("https://a.example",), keys=(KEY,)) as server:
-        reply = server.http.options("/v1/chat/completions", headers=asked)
+        theirs = {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+        reply = server.http.options("/v1/chat/completions", headers=asked | theirs)
+        assert reply.status_code == 200
         assert reply.headers["access-control-allow-origin"] == "https://a.example"
         other = server.http.options("/v1/chat/completions", headers={**asked, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers

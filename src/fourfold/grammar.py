@@ -7,6 +7,7 @@ no address, and what it refuses is a UserError with its reason.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fourfold.tokenizer import Tokenizer
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"  # Hermes' form, which Qwen speaks too
+_PLACE, _EXCERPT = re.compile(r"^at \d+\(\d+\): "), re.compile(r"\n\s*\d+ \| ")
 # One space behind commas and colons and none elsewhere: a small model that may write white space writes it without end.
 _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -170,4 +172,6 @@ class _Bridge:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:400]
+    """What is wrong, without the place and the excerpt of a grammar that the client has not written."""
+    reason = _EXCERPT.split(_PLACE.sub("", text), maxsplit=1)[0]
+    return " ".join(reason.split())[:400]

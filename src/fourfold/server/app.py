@@ -54,7 +54,7 @@ def make_app(
             CORSMiddleware,
             allow_origins=list(origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own
         )
         middleware.insert(1, cors)  # outside the keys: a browser asks first, and without one
     if root_path:

@@ -129,7 +129,7 @@ def _message(message: Message, index: int) -> dict[str, Any]:
 
 def _call(name: str, arguments: str, index: int) -> dict[str, Any]:
     try:
-        parsed = json.loads(arguments)
+        parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, Mapping):

@@ -1,8 +1,9 @@
 """What clients may send: OpenAI's requests, field by field.
 
-A field that is not listed is refused by name. `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are fourfold's
-own. Fields that are listed but do nothing (`user`, `metadata`, `store` = false, ...) say nothing about the answer in
-OpenAI's own interface either. Ranges that OpenAI fixes stand here; those that an administrator sets are in `limits`.
+A field that is not listed is refused by name, unless it is null. `top_k`, `min_p`, `repetition_penalty` and
+`ignore_eos` are fourfold's own. Fields that are listed but do nothing (`user`, `metadata`, `store` = false, ...) say
+nothing about the answer in OpenAI's own interface either. Ranges that OpenAI fixes stand here; those that an
+administrator sets are in `limits`.
 """
 
 from __future__ import annotations
@@ -50,16 +51,19 @@ Few = Annotated[Entries, BeforeValidator(_not_too_many)]  # of a dictionary, for
 
 
 class Strict(BaseModel):
-    """No field is ignored, no type converted, no number infinite."""
+    """No field is ignored that says anything, no type converted, no number infinite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, value: object) -> object:
-        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+        """A null asks for nothing, whatever its name: clients send one for each field that they know."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MOST_FIELDS:
             raise ValueError(f"has {len(value)} fields, more than there are")
-        return value
+        return {name: field for name, field in value.items() if field is not None or name in cls.model_fields}
 
 
 class StreamOptions(Strict):
@@ -84,7 +88,9 @@ class SamplingFields(Strict):
         None, description="Token ids, as text, and what is added to their logits."
     )
     user: str | None = Field(None, description="Changes nothing.")
-    top_k: int | None = Field(None, ge=1, lt=2**31, description="fourfold's own: among the k likeliest tokens.")
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="fourfold's own: among the k likeliest tokens; 0 or -1: among all."
+    )
     min_p: float | None = Field(
         None, ge=0, le=1, description="fourfold's own: among tokens at least this fraction as likely as the likeliest."
     )
@@ -141,13 +147,15 @@ Content = str | List[TextPart]
 
 class FunctionCall(Strict):
     name: str = Field(pattern=FUNCTION_NAME)
-    arguments: str = Field(description="A JSON object as text.")
+    arguments: str = Field(description="A JSON object as text, or nothing.")
+    parsed_arguments: Any = Field(None, description="Changes nothing: OpenAI's client reads arguments so.")
 
 
 class ToolCall(Strict):
     id: str
     type: Literal["function"]
     function: FunctionCall
+    index: int | None = Field(None, description="Changes nothing: streams number calls so, and clients keep it.")
 
 
 class SystemMessage(Strict):
@@ -169,6 +177,7 @@ class AssistantMessage(Strict):
     refusal: None = None
     audio: None = None
     function_call: None = None
+    parsed: Any = Field(None, description="Changes nothing: OpenAI's client reads JSON in the content so.")
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
@@ -176,6 +185,7 @@ class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: str | None = Field(None, description="Changes nothing: the call says which function it was.")
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]

@@ -32,7 +32,7 @@ def sampling_params(body: SamplingFields, index: int, max_tokens: int, logprobs:
     given: dict[str, Any] = {
         "temperature": TEMPERATURE if body.temperature is None else body.temperature,
         "top_p": None if body.top_p is None else max(body.top_p, LEAST_TOP_P),
-        "top_k": body.top_k,
+        "top_k": None if body.top_k in (0, -1) else body.top_k,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
         "ignore_eos": body.ignore_eos,

@@ -73,13 +73,17 @@ class NextRead {
   public:
     // `bytes` at `at`, in so many calls of ask().
     void is(const uint8_t* at, size_t bytes, size_t n_calls) {
-        at_ = at, end_ = at + bytes, part_ = (bytes / 64 + n_calls - 1) / n_calls * 64;
+        at_ = at, end_ = at + bytes, part_ = ((bytes + kStep - 1) / kStep + n_calls - 1) / n_calls * kStep;
     }
     void ask() {
-        for (const uint8_t* stop = at_ + part_; at_ < stop && at_ < end_; at_ += 64) __builtin_prefetch(at_, 0, 2);
+        const uint8_t* at = at_;
+        for (const uint8_t* stop = std::min(at + part_, end_); at < stop; at += kStep)
+            for (size_t line = 0; line < kStep; line += 64) __builtin_prefetch(at + line, 0, 2);
+        at_ = at;
     }
 
   private:
+    static constexpr size_t kStep = 256;  // line by line it would be as many instructions as all the rest
     const uint8_t *at_ = nullptr, *end_ = nullptr;
     size_t part_ = 0;  // bytes
 };

@@ -163,6 +163,14 @@ def test_memory_that_is_short_is_not_touched() -> None:
     pool.check_integrity()
 
 
+def test_memory_is_to_blame_where_as_many_pages_are_left_as_are_wanted() -> None:
+    pool = PagePool(PAGES, SLOTS, PAGE, may_touch=lambda n: False)
+    with pytest.raises(ResourceError, match="memory has no room"):
+        pool.reserve(pool.new_sequence(), PAGES * PAGE)
+    with pytest.raises(ResourceError, match="the KV cache has room"):
+        pool.reserve(pool.new_sequence(), PAGES * PAGE + 1)
+
+
 def test_forgetting_leaves_what_is_held() -> None:
     pool = PagePool(PAGES, SLOTS, PAGE)
     kept, _ = text(pool, list(range(64)))

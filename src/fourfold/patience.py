@@ -31,7 +31,8 @@ def patiently(work: Callable[[], None], file: Any, path: Path, patience_seconds:
         done.set()
 
     try:
-        Thread(target=run, name="fourfold-load", daemon=True).start()  # one that hangs holds up no process's end
+        thread = Thread(target=run, name="fourfold-load", daemon=True)  # one that hangs holds up no process's end
+        thread.start()
     except RuntimeError:
         raise RuntimeFailure(
             f"the system gives no thread to read {path} with; raise this process's limit of threads"
@@ -42,6 +43,7 @@ def patiently(work: Callable[[], None], file: Any, path: Path, patience_seconds:
         file.stop()
         done.wait(GRACE_SECONDS)
         raise
+    thread.join()
     if errors:
         raise errors[0]
 

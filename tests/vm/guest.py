@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from threading import Event, Thread, get_native_id
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -85,6 +85,7 @@ def run(order: Run, logits: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
     finally:
         os.sched_setaffinity(0, everywhere)
     expected = np.load(directory / "expected.npy")
+    sleep(0.5)  # a thread that was joined stays listed for a moment
     with Watch() as watch:
         at_once = engine.logits(order["ids"])
         sequence = engine.new_sequence()

@@ -156,9 +156,12 @@ Machine read_machine(const std::string& root) {
     std::optional<std::vector<int>> affinity;
     if (const auto list = files.field("/proc/self/status", "Cpus_allowed_list")) affinity = parse_cpu_list(*list);
     machine.online_cpus = read_online(files);
-    // A container's /sys may number its CPUs from 0 (lxcfs does), while affinity is by the kernel's numbers.
-    if (affinity && intersect(machine.online_cpus, *affinity).empty()) machine.online_cpus = *affinity;
-    machine.offline_cpus = read_offline(files, machine.online_cpus);
+    // A container's /sys may number its CPUs from 0 (lxcfs does), while affinity is by the kernel's numbers: then which
+    // others are online, or switched off, is not known.
+    if (affinity && intersect(machine.online_cpus, *affinity).empty())
+        machine.online_cpus = *affinity;
+    else
+        machine.offline_cpus = read_offline(files, machine.online_cpus);
     machine.nodes = read_nodes(files, machine.online_cpus);
     machine.cores = read_cores(files, machine.online_cpus);
     machine.n_sockets = count_sockets(files, machine.online_cpus);

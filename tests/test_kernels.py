@@ -5,6 +5,7 @@ Tolerances are computed for each output, from the units of error that its row de
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -176,7 +177,7 @@ def test_zero_points_may_be_any_byte_and_scales_of_either_sign(name: str) -> Non
     check(name, np.full((17, 704), 1e6, np.float32), matrix)  # the largest sums of codes and of zero points
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"] == "i16"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"].startswith("i16")])
 def test_fixed_point_inputs_are_as_exact_as_declared_where_all_lie_between_two_steps(name: str) -> None:
     x = ((np.arange(1, 65) * 500 + 0.5) / 32512).astype(np.float32)
     x[-1] = 1
@@ -229,7 +230,7 @@ def test_rounding_stays_below_a_tenth_of_what_nf4_loses(name: str, kind: str) ->
     assert np.sqrt(np.mean((run(name, x, matrix) - exact) ** 2)) < 0.1 * lost
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"] == "i16"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["activation"].startswith("i16")])
 def test_a_token_alone_has_the_same_bits_as_among_others(name: str) -> None:
     matrix, x = some_matrix(ROWS[name]["format"], 100, 576), some_rows(8, 576)
     alone = np.concatenate([run(name, row[None], matrix) for row in x])
@@ -268,11 +269,13 @@ def test_byte_tiles_give_the_bits_of_the_vector_kernel(fmt: str, tiles_of: str) 
         assert (run(f"linear_{fmt}_i16_{tiles_of}", x, matrix) == run(f"linear_{fmt}_i16_avx512", x, matrix)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name.endswith("_avx512_vnni")])
-def test_avx512_has_the_same_bits_with_vnni_alone(name: str) -> None:
-    for m, n, k in ((1, 80, 700), (5, 40, 320), (17, 40, 576)):
+@pytest.mark.parametrize("name", [name for name in ROWS if name.endswith(("_avx512_vnni", "_i16_avx2"))])
+def test_a_lower_level_has_the_bits_of_avx512(name: str) -> None:
+    """Alone, by twos and fours and what is left of them, and beyond the rows and inputs that are taken together."""
+    same = re.sub("_(avx512_vnni|avx2)$", "_avx512", name)
+    for m, n, k in ((1, 80, 700), (3, 40, 320), (7, 40, 1100), (17, 40, 576), (49, 48, 640)):
         matrix, x = some_matrix(ROWS[name]["format"], n, k), some_rows(m, k)
-        assert (run(name, x, matrix) == run(name.removesuffix("_vnni"), x, matrix)).all()
+        assert (run(name, x, matrix) == run(same, x, matrix)).all()
 
 
 @pytest.mark.parametrize("tiles_of", ["amx_emulated", "amx"])

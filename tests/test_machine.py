@@ -182,7 +182,7 @@ def test_a_container_that_numbers_its_cpus_from_0_uses_those_that_it_may(tmp_pat
     restrict(tmp_path, cpus=range(8, 12), nodes=[1])
     write(tmp_path, "sys/devices/system/cpu/online", "0-3")
     machine = read_machine(str(tmp_path))
-    assert machine.allowed_cpus == [8, 9, 10, 11]
+    assert (machine.allowed_cpus, machine.offline_cpus) == ([8, 9, 10, 11], [])
     assert plan_ranks(machine) == [RankPlan(1, [8, 9, 10, 11])]
 
 

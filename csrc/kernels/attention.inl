@@ -130,8 +130,8 @@ inline size_t seen_of(const AttendArgs& a, size_t i, size_t position) {
     return limit <= position ? 0 : limit - position < kPage ? limit - position : kPage;
 }
 
-// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values. `page` holds elements of
-// format W, which those of an F page at `scales` have become.
+// One page for queries [first, first + N), `q` being theirs: scores, softmax update, values. The page's format is F, and
+// `page` its elements in format W, which is F or what they were made; `key_scales` are where the page itself has them.
 template <KvFormat F, KvFormat W, size_t N>
 void attend_page(const AttendArgs& a, size_t first, const Factor<W>* const* q, const uint8_t* page,
                  const float* key_scales, const Ahead* ahead, size_t position) {

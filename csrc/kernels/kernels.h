@@ -29,7 +29,8 @@ constexpr std::string_view kActivationNames[] = {"f32", "i16", "bf16", "u8", "i1
 
 // One row of i16 activations: x[k] ~= scale * (256 hi + lo), |256 hi + lo| <= 32512, an error of at most scale / 2.
 // A tile with nothing above 1e-30 is zero; one with NaN or infinity has NaN as its scale.
-//   k_tiles times: 64 bytes hi, 64 bytes lo, or 64 words 256 hi + lo;   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
+//   k_tiles times: 64 bytes hi, 64 bytes lo; of i16_words 64 words 256 hi + lo
+//   then k_tiles times: float32 scale;   then k_tiles times: int32 offset
 // Kernels keep weights as unsigned bytes w + 128; offset = -128 * sum(256 hi + lo) takes the 128 out again. Those of
 // uint4 are its codes, and zero * offset / 128 takes their block's zero point out. Words lie in the order in which two
 // bytes of a 32-bit lane become words: inputs 0, 2, 1, 3 of every four.

@@ -1,4 +1,5 @@
-// linear, AVX2, and in float32: a tile's weights become float32 in the L1 cache, then are multiplied with a few rows of x at once.
+// linear, AVX2: the table's rows, and the float32 kernel. A tile's weights become float32 in the L1 cache, then are
+// multiplied with a few rows of x at once. The other kernel is linear_avx2_i16.inl.
 //
 //   registers  4 rows x 16 outputs of sums (8), the weights of one input (2), one broadcast x
 //   reuse      a decoded tile (4 KB) serves every row of x before the next is decoded

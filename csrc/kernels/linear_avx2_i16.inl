@@ -4,8 +4,8 @@
 //   linear_avx512_i16.inl, scaled and added in its order: the same bits.
 //
 //   lanes      8 outputs; one vpmaddwd multiplies 2 inputs of each
-//   blocks     up to 4 rows: a tile is decoded as it is multiplied, for 2 rows at a time. More: a panel's 512 inputs become
-//              words first (16 KB of scratch, L1) and multiply 4 rows at a time, so that decoding is paid once for all M
+//   blocks     up to 4 rows: a tile is decoded as it is multiplied, for 2 rows at a time. More: a panel's 512 inputs
+//              become words first (16 KB of scratch, L1) and multiply 4 rows at a time: decoding is paid once for all M
 //   counts     per 64 weights 1 load, 2 shuffles, 4 masks, 3 shifts, and per row 4 products, 4 additions and, for 128
 //              weights, 4 broadcasts
 //   bound      one token: 17 vector operations for 64 weights, at three a cycle 11 weights a cycle. Many: products and

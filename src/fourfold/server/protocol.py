@@ -57,7 +57,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, value: object) -> object:
+    def _what_is_said(cls, value: object) -> object:
         """A null asks for nothing, whatever its name: clients send one for each field that they know."""
         if not isinstance(value, dict):
             return value
